@@ -1,0 +1,10 @@
+-- The pool as each compared generation saw it: one row per example that could be chosen.
+-- Of an example that arrived more than once, the first arrival's row stands.
+select p.task, g.generation, p.arrival, p.row, p.example_id, p.label, p.label_name, p.source
+from pool as p
+join generations as g on g.task = p.task and g.arrival = p.arrival
+where (g.task, g.generation) in (select task, generation from cells)
+qualify row_number() over (
+    partition by p.task, g.generation, p.example_id order by p.arrival, p.row
+) = 1
+order by p.task, g.generation, p.arrival, p.row

@@ -1,0 +1,21 @@
+"""What can be finetuned."""
+
+from dsel_assets.models.checkpoint import (
+    Builder,
+    builder,
+    load_weights,
+    save_weights,
+    trainable_names,
+)
+from dsel_assets.models.pretraining import pretrain
+from dsel_assets.models.vision import ARCHITECTURES
+
+__all__ = [
+    "ARCHITECTURES",
+    "Builder",
+    "builder",
+    "load_weights",
+    "pretrain",
+    "save_weights",
+    "trainable_names",
+]

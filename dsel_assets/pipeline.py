@@ -1,0 +1,27 @@
+"""The whole workflow in order, without an orchestrator: what `benchmarks/overhead.py` times."""
+
+from __future__ import annotations
+
+from dsel_assets.resources.store import Entry
+from dsel_assets.steps.arrivals import landed, register
+from dsel_assets.steps.checkpoints import finetune
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.metrics import evaluate
+from dsel_assets.steps.subsets import select
+from dsel_assets.steps.verdict import compare, promote
+from dsel_assets.steps.workspace import Workspace
+
+
+def run(ws: Workspace) -> Entry:
+    """From the landing folder to the verdict; what the store has is not made again."""
+    ws.prepare()
+    for file in landed(ws):
+        register(ws, file)
+    generation = current_generation(ws)
+    for strategy in ws.task.strategies.chosen():
+        select(ws, generation, strategy)
+        finetune(ws, generation, strategy)
+        evaluate(ws, generation, strategy)
+    decided = compare(ws, generation)
+    promote(ws, generation, decided)
+    return decided

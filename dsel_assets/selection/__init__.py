@@ -1,0 +1,53 @@
+"""Strategies behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsel_assets.models import Builder
+from dsel_assets.selection.bads import Bads, infer_weights
+from dsel_assets.selection.baselines import Full, Random, TargetOnly
+from dsel_assets.selection.interface import (
+    NONE,
+    Budget,
+    Choice,
+    Constraints,
+    Needs,
+    Selection,
+    Selector,
+    State,
+)
+from dsel_assets.selection.itl import Itl, select_informative
+from dsel_assets.selection.skmm import Skmm, match_moments, select_matching
+
+STRATEGIES: dict[str, type[Selector]] = {
+    selector.name: selector for selector in (Random, Full, TargetOnly, Skmm, Bads, Itl)
+}
+
+
+def make_selector(
+    name: str, settings: Mapping[str, Any], *, model: Builder, trainable: Sequence[str]
+) -> Selector:
+    """The strategy of this name; those that need a model get a builder of fresh copies of it."""
+    selector = STRATEGIES[name]
+    given = {"model": model, "trainable": trainable} if Needs.MODEL in selector.needs else {}
+    return selector(**settings, **given)
+
+
+__all__ = [
+    "NONE",
+    "STRATEGIES",
+    "Budget",
+    "Choice",
+    "Constraints",
+    "Needs",
+    "Selection",
+    "Selector",
+    "State",
+    "infer_weights",
+    "make_selector",
+    "match_moments",
+    "select_informative",
+    "select_matching",
+]

@@ -1,0 +1,193 @@
+"""One interface for every strategy: pool, target and budget in, a selection out."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsel_assets.data.examples import Examples
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+State = Mapping[str, NDArray]
+
+
+class Needs(Flag):
+    """What a strategy reads beside the ids of the pool."""
+
+    NOTHING = 0
+    SKETCHES = auto()
+    TARGET = auto()
+    LABELS = auto()
+    MODEL = auto()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be chosen: a number of examples, or a sum over the column `cost`."""
+
+    limit: float
+    cost: str | None = None
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a selection must keep to.
+
+    quotas    column -> value -> number of examples
+    required  ids that are chosen first
+    forbidden ids that are never chosen
+    """
+
+    quotas: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    forbidden: frozenset[str] = frozenset()
+
+
+NONE = Constraints()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen and why.
+
+    ids         [n] str, distinct, in the order of choice
+    weights     [n] float64 training weights, mean 1
+    scores      column -> [n]: why each was chosen (rank, gain, nearest target, ...)
+    diagnostics objective, convergence, coverage, seconds
+    state       what a warm start needs after the next arrival
+    """
+
+    ids: NDArray[np.str_]
+    weights: Floats
+    scores: Mapping[str, NDArray]
+    diagnostics: Mapping[str, Any]
+    state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy's own answer: positions in the pool it was handed, the rest as in `Selection`."""
+
+    rows: Ints
+    scores: Mapping[str, NDArray] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
+
+
+class Selector(ABC):
+    """A strategy. Subclasses choose; what holds for all of them is done here, once.
+
+    The pool is sorted by id, so that the order of its rows never matters. Forbidden ids are taken
+    out and required ones come first. A budget of everything or more takes everything.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # of its code: a higher one makes its earlier selections stale
+    needs: ClassVar[Needs] = Needs.NOTHING
+    nested: ClassVar[bool] = True  # is a smaller budget a prefix of a larger one?
+    deterministic: ClassVar[bool] = False  # does the seed change nothing?
+    whole: ClassVar[bool] = False  # does the budget change nothing?
+
+    def size(self, limit: int, rows: int) -> int:
+        """How many of `rows` examples are chosen under a limit; the baselines that ignore it differ."""
+        return min(limit, rows)
+
+    @abstractmethod
+    def choose(
+        self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
+    ) -> Choice:
+        """Choose n of the pool's rows, 0 < n < len(pool); the pool is clean and sorted by id."""
+
+    def select(
+        self,
+        pool: Examples,
+        target: Examples | None,
+        budget: Budget,
+        *,
+        constraints: Constraints = NONE,
+        seed: int,
+        warm: State | None = None,
+    ) -> Selection:
+        """Choose within the budget.
+
+        ValueError for an empty pool, a negative or fractional budget, something needed that is not
+        there, a non-finite row (named), and for a constraint that this strategy can't honour.
+        A budget above the pool warns and takes everything.
+        """
+        started = time.perf_counter()
+        limit = self._limit(budget, constraints)
+        order = np.argsort(pool.ids, kind="stable")
+        pool = pool.take(order[~np.isin(pool.ids[order], sorted(constraints.forbidden))])
+        self._check(pool, target, constraints)
+        size = self.size(limit, len(pool))
+        if size == len(pool) < limit:
+            warnings.warn(f"{self.name}: a budget of {limit} takes all {size} examples", stacklevel=2)
+        first = np.flatnonzero(np.isin(pool.ids, sorted(constraints.required)))[:size]
+        rest = np.setdiff1d(np.arange(len(pool)), first)
+        n = size - len(first)
+        if n == 0:
+            choice = Choice(np.array([], dtype=np.int64))
+        elif n == len(rest):
+            choice = Choice(np.arange(n))
+        else:
+            choice = self.choose(pool.take(rest), target, n, seed=seed, warm=warm)
+        rows = np.concatenate([first, rest[choice.rows]])
+        if len(np.unique(rows)) != n + len(first):
+            raise AssertionError(f"{self.name} chose {len(rows)} rows that are not {n} distinct ones")
+        scores = {name: _after(len(first), column) for name, column in choice.scores.items()}
+        return Selection(
+            ids=pool.ids[rows],
+            weights=np.ones(len(rows)),
+            scores={"rank": np.arange(1, len(rows) + 1)} | scores,
+            diagnostics={**choice.diagnostics, "seconds": time.perf_counter() - started},
+            state=choice.state,
+        )
+
+    def _limit(self, budget: Budget, constraints: Constraints) -> int:
+        if budget.cost is not None:
+            raise ValueError(f"{self.name} can't honour a cost budget ({budget.cost!r})")
+        if constraints.quotas:
+            raise ValueError(f"{self.name} can't honour quotas ({', '.join(constraints.quotas)})")
+        if budget.limit < 0 or budget.limit != int(budget.limit):
+            raise ValueError(f"a budget is a whole number of examples from 0, not {budget.limit}")
+        return int(budget.limit)
+
+    def _check(self, pool: Examples, target: Examples | None, constraints: Constraints) -> None:
+        if len(pool) == 0:
+            raise ValueError(f"{self.name}: the pool is empty; nothing can be chosen")
+        missing = constraints.required.difference(pool.ids.tolist())
+        if missing:
+            raise ValueError(f"required ids are not in the pool: {', '.join(sorted(missing)[:5])}")
+        if Needs.TARGET in self.needs and (target is None or len(target) == 0):
+            raise ValueError(f"{self.name} needs a target set, and there is none")
+        for what, examples in (("pool", pool), ("target", target)):
+            if Needs.SKETCHES in self.needs and examples is not None:
+                if examples.sketches is None:
+                    raise ValueError(f"{self.name} needs sketches of the {what}")
+                refuse_non_finite(examples.sketches, examples.ids, what)
+
+
+def refuse_non_finite(rows: NDArray, ids: NDArray[np.str_], what: str) -> None:
+    """ValueError that names the ids of rows with NaN or infinity in them; they never get a score."""
+    bad = ~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+    if bad.any():
+        named = ", ".join(ids[bad][:5])
+        raise ValueError(f"{bad.sum()} rows of the {what} are not finite: {named}")
+
+
+def _after(first: int, column: NDArray) -> NDArray:
+    """The column with room before it for the required rows, which have no score."""
+    if first == 0:
+        return column
+    empty = np.full(first, np.nan if column.dtype.kind == "f" else ("" if column.dtype.kind == "U" else -1))
+    return np.concatenate([empty.astype(column.dtype), column])
+

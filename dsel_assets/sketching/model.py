@@ -1,0 +1,93 @@
+"""A whole model's gradient, sketched tensor by tensor; no flat gradient exists."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from dsel_assets.sketching.kinds import make_sketch
+from dsel_assets.sketching.operator import Sketch
+
+
+class ModelSketch(nn.Module):
+    """Independent sketches of a model's tensors, added up in one D-vector.
+
+    Each tensor's randomness is keyed by its name, so its sketch does not depend on which other
+    tensors are trained. The sum is itself an unbiased sketch of the concatenated gradient.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        kind: str,
+        out_features: int,
+        seed: int = 0,
+    ) -> None:
+        """shapes: of each tensor by name, in order; kind, out_features, seed as in `make_sketch`.
+
+        Raises ValueError if there is no tensor, or for what `make_sketch` refuses.
+        """
+        super().__init__()
+        if not shapes:
+            raise ValueError("no tensor to sketch: shapes is empty")
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.out_features = out_features
+        self.sketches = nn.ModuleList(
+            make_sketch(kind, math.prod(shape), out_features, seed, name)
+            for name, shape in self.shapes.items()
+        )
+
+    @property
+    def identity(self) -> str:
+        """JSON of the ordered tensors with their shapes and their sketches' identities."""
+        shapes = list(self.shapes.items())
+        return json.dumps({"shapes": shapes, "sketches": [s.identity for s in self._sketches()]})
+
+    def forward(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Sketch per-example gradients {name: [B, *shape]} to [B, D].
+
+        The dtype is that of `Sketch`. Raises ValueError, naming the tensor, if one is missing,
+        unknown or of another shape.
+        """
+        self._check(gradients)
+        sketches = self._sketches()
+        partials = (
+            sketch.partial(gradients[sketch.name].reshape(-1, sketch.in_features))
+            for sketch in sketches
+        )
+        total = next(partials)
+        for partial in partials:
+            total = total + partial
+        return sketches[0].finish(total)
+
+    def adjoint(self, y: Tensor) -> dict[str, Tensor]:
+        """S^T y by tensor: [B, D] -> {name: [B, *shape]}; ValueError if y is not [B, D]."""
+        if y.ndim != 2 or y.shape[1] != self.out_features:
+            raise ValueError(f"expected [B, {self.out_features}], got shape {tuple(y.shape)}")
+        sketches = self._sketches()
+        total = sketches[0].finish_adjoint(y)
+        return {
+            sketch.name: sketch.partial_adjoint(total).reshape(-1, *self.shapes[sketch.name])
+            for sketch in sketches
+        }
+
+    def _sketches(self) -> list[Sketch]:
+        return list(self.sketches)  # type: ignore[arg-type]
+
+    def _check(self, gradients: Mapping[str, Tensor]) -> None:
+        missing = self.shapes.keys() - gradients.keys()
+        extra = gradients.keys() - self.shapes.keys()
+        if missing or extra:
+            raise ValueError(
+                f"the gradients do not match the sketched tensors: missing {sorted(missing)}, "
+                f"unknown {sorted(extra)}"
+            )
+        first = gradients[next(iter(self.shapes))]
+        batch = first.shape[0] if first.ndim else 1
+        for name, shape in self.shapes.items():
+            expected, got = (batch, *shape), tuple(gradients[name].shape)
+            if got != expected:
+                raise ValueError(f"gradient of {name!r}: expected shape {expected}, got {got}")

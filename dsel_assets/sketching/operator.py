@@ -1,0 +1,109 @@
+"""What every sketch is: a random linear map S: R^p -> R^D, with its adjoint and its identity."""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dsel_assets.sketching.philox import Key, stream_key
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for double, float32 for single, half and bfloat16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Sketch(nn.Module):
+    """A random linear map S: R^p -> R^D with E|Sx|^2 = |x|^2 for every x.
+
+    Calling it maps [..., p] to [..., D]; `adjoint` maps [..., D] to [..., p]. A row gives the same
+    bits whatever stands beside it in the batch and however many threads run. NaN and infinity
+    surface in the output. Not for autograd: the derivative of S is S, its transpose `adjoint`.
+
+    A sketch is `finish` after `partial`. Partial sketches of several tensors add up and `finish` is
+    linear, so that a model's tensors share one `finish` (`ModelSketch`). Subclasses write these two
+    and their adjoints, on rows [B, .].
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1  # raise it whenever the same seed begins to give another operator
+
+    def __init__(self, in_features: int, out_features: int, seed: int = 0, name: str = "") -> None:
+        """A sketch from p = in_features to D = out_features; (seed, name) select the randomness."""
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                f"sketch {name!r}: in_features and out_features must be at least 1, "
+                f"got {in_features} and {out_features}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.seed = seed
+        self.name = name
+
+    @property
+    def identity(self) -> str:
+        """JSON of all that determines the operator; equal on every machine and device."""
+        fields = {
+            "kind": self.kind,
+            "version": self.version,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "seed": self.seed,
+            "name": self.name,
+        }
+        return json.dumps(fields)
+
+    def extra_repr(self) -> str:
+        """The identity, for print(sketch)."""
+        return self.identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """S x: [..., p] -> [..., D], float64 for double input, else float32.
+
+        Raises ValueError if the last dimension is not p, TypeError if x is not floating point.
+        """
+        rows = self._rows(x, self.in_features, "input")
+        return self.finish(self.partial(rows)).reshape(*x.shape[:-1], self.out_features)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """S^T y: [..., D] -> [..., p], with <Sx, y> = <x, S^T y>; dtypes and errors as for S."""
+        rows = self._rows(y, self.out_features, "adjoint's input")
+        return self.partial_adjoint(self.finish_adjoint(rows)).reshape(
+            *y.shape[:-1], self.in_features
+        )
+
+    def partial(self, x: Tensor) -> Tensor:
+        """The part of S that is the tensor's own: [B, p] -> [B, D'] in the accumulation dtype."""
+        raise NotImplementedError
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The part of S that depends on D alone: a sum of partial sketches [B, D'] -> [B, D]."""
+        return total
+
+    def finish_adjoint(self, y: Tensor) -> Tensor:
+        """Adjoint of `finish`: [B, D] -> [B, D'] in the accumulation dtype."""
+        return y.to(accumulation_dtype(y.dtype))
+
+    def partial_adjoint(self, total: Tensor) -> Tensor:
+        """Adjoint of `partial`: [B, D'] -> [B, p]."""
+        raise NotImplementedError
+
+    def _key(self, stream: str) -> Key:
+        return stream_key(self.seed, self.name, f"{self.kind}/{stream}")
+
+    def _rows(self, x: Tensor, features: int, what: str) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != features:
+            raise ValueError(
+                f"{self.kind} sketch {self.name!r}: the last dimension of the {what} must be "
+                f"{features}, got shape {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{self.kind} sketch {self.name!r}: the {what} must be floating point, "
+                f"got {x.dtype}"
+            )
+        return x.reshape(-1, features)

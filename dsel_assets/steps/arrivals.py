@@ -1,0 +1,95 @@
+"""The ledger of arrivals: which files of the landing folder are known, each under a key of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from dsel_assets.data.readers import file_digest
+from dsel_assets.resources.store import write_json
+from dsel_assets.steps.workspace import Workspace
+
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A file in the landing folder as it stands now."""
+
+    path: str
+    size: int
+    modified: str
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A file that was registered: its key names the partition, its digest what was in it."""
+
+    key: str
+    path: str
+    digest: str
+    size: int
+
+
+def landed(ws: Workspace) -> list[Landed]:
+    """Files of the landing folder with a known ending, by name. Folders in it are not entered."""
+    import fsspec
+
+    files, root = fsspec.core.url_to_fs(ws.landing)
+    if not files.isdir(root):
+        return []
+    found = []
+    for info in files.ls(root, detail=True):
+        if info["type"] == "file" and info["name"].lower().endswith(ENDINGS):
+            path = info["name"] if "://" not in ws.landing else files.unstrip_protocol(info["name"])
+            modified = str(info.get("mtime") or info.get("LastModified") or info.get("etag") or "")
+            found.append(Landed(path, int(info["size"] or 0), modified))
+    return sorted(found, key=lambda file: file.path)
+
+
+def arrivals(ws: Workspace) -> list[Arrival]:
+    """Everything registered so far, by key: the order in which the pool is put together."""
+    ledger = ws.store.folder(ws.task.name, "arrivals")
+    found = [Arrival(**json.loads(path.read_text())) for path in ledger.glob("*.json")]
+    return sorted(found, key=lambda known: known.key)
+
+
+def arrival(ws: Workspace, key: str) -> Arrival:
+    """The arrival with this key; KeyError when nobody registered it."""
+    for known in arrivals(ws):
+        if known.key == key:
+            return known
+    raise KeyError(f"{ws.task.name}: no arrival {key!r}; put its file into {ws.landing}")
+
+
+def register(ws: Workspace, file: Landed) -> Arrival | None:
+    """Enter a file into the ledger; None when the same content is there already, under any name.
+
+    A file that comes again under a known name with other content is a new arrival: what was there
+    keeps its rows, and ids that now differ go to quarantine as conflicts.
+    """
+    digest = file_digest(file.path)
+    ledger = ws.store.folder(ws.task.name, "arrivals")
+    ledger.mkdir(parents=True, exist_ok=True)
+    with FileLock(ledger / "lock"):
+        known = arrivals(ws)
+        if any(other.digest == digest for other in known):
+            return None
+        key = _key(file.path)
+        if any(other.key == key for other in known):
+            key = f"{key}-{digest[:8]}"
+        entered = Arrival(key, file.path, digest, file.size)
+        write_json(ledger / f"{key}.json", asdict(entered))
+    return entered
+
+
+def _key(path: str) -> str:
+    """The file's name without its ending, in characters that are safe in paths and partition keys."""
+    name = Path(path).name.lower()
+    for ending in sorted(ENDINGS, key=len, reverse=True):
+        name = name.removesuffix(ending)
+    return re.sub(r"[^a-z0-9_-]+", "-", name).strip("-")[:80] or "arrival"

@@ -1,0 +1,78 @@
+"""The cells of a comparison: every strategy at every budget with every seed, each with identities.
+
+An identity is computed from what a cell is made of, so one can ask what is there, and what is
+missing, without making anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dsel_assets.resources.store import identity
+from dsel_assets.selection import STRATEGIES, Needs
+from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.model import base_model
+from dsel_assets.steps.pool import evaluation_set
+from dsel_assets.steps.sketches import sketch_space
+from dsel_assets.steps.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One strategy at one budget with one seed, and the fields that its artifacts are known by."""
+
+    strategy: str
+    budget: int
+    seed: int
+    selection: dict[str, Any]
+    checkpoint: dict[str, Any]
+    metric: dict[str, Any]
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """Identities of the cell's three artifacts, by kind."""
+        return {
+            "subsets": identity(self.selection),
+            "checkpoints": identity(self.checkpoint),
+            "metrics": identity(self.metric),
+        }
+
+
+def cells(ws: Workspace, generation: Generation, strategy: str | None = None) -> Iterator[Cell]:
+    """The cells of one strategy, or of all, in a fixed order.
+
+    Where a strategy does not look at the budget or the seed, its cells share a selection.
+    """
+    task = ws.task
+    evaluation = {split: evaluation_set(ws, split).identity for split in ws.splits}
+    target = evaluation.pop("target", None)
+    space, base = sketch_space(ws), base_model(ws).identity
+    for name in [strategy] if strategy else task.strategies.chosen():
+        selector = STRATEGIES[name]
+        for budget in task.budgets:
+            for seed in range(task.seeds):
+                selection = {
+                    "generation": generation.identity,
+                    "strategy": name,
+                    "version": selector.version,
+                    "settings": task.settings(name),
+                    "budget": None if selector.whole else budget,
+                    "seed": None if selector.deterministic else seed,
+                    "constraints": {},
+                    "warm": "cold",
+                    "target": target if Needs.TARGET in selector.needs else None,
+                    "space": space if selector.needs & (Needs.SKETCHES | Needs.MODEL) else None,
+                }
+                checkpoint = {
+                    "selection": identity(selection),
+                    "base": base,
+                    "finetune": task.finetune.model_dump(),
+                    "target": target if task.finetune.include_target else None,
+                    "seed": seed,
+                    "version": 1,
+                }
+                metric = {"checkpoint": identity(checkpoint), "on": evaluation, "version": 1}
+                yield Cell(name, budget, seed, selection, checkpoint, metric)

@@ -1,0 +1,58 @@
+"""Finetuning on each subset, from the same start with the same steps and schedule."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from dsel_assets.finetuning import train
+from dsel_assets.models import save_weights
+from dsel_assets.resources.store import Entry
+from dsel_assets.steps.cells import Cell, cells
+from dsel_assets.steps.generation import Generation, load_pool
+from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
+from dsel_assets.steps.parallel import each
+from dsel_assets.steps.pool import evaluation_set, load_examples
+from dsel_assets.steps.workspace import Workspace
+
+
+def finetune(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
+    """The checkpoints of a strategy's cells, in the order of `cells`; only missing ones are trained."""
+    every = list(cells(ws, generation, strategy))
+    distinct = {cell.identities["checkpoints"]: cell for cell in every}
+    missing = ws.store.missing(ws.task.name, "checkpoints", [cell.checkpoint for cell in every])
+    todo = [distinct[identity] for identity in distinct if identity in missing]
+    each(partial(_finetune, ws, generation), todo, f"finetune {strategy}")
+    return [ws.store.get(ws.task.name, "checkpoints", cell.checkpoint) for cell in every]
+
+
+def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
+    pool = load_pool(ws, generation)[0]
+    subset = pq.read_table(ws.store.get(ws.task.name, "subsets", cell.selection).file("rows.parquet"))
+    place = {example_id: row for row, example_id in enumerate(pool.ids)}
+    chosen = pool.take(np.array([place[i] for i in subset["example_id"].to_pylist()], dtype=np.int64))
+    inputs, labels, weights = [chosen.inputs], [chosen.labels], [subset["weight"].to_numpy()]
+    if ws.task.finetune.include_target:
+        target = load_examples(evaluation_set(ws, "target"))
+        inputs.append(target.inputs)
+        labels.append(target.labels)
+        weights.append(np.ones(len(target)))
+    spec = ws.task.finetune
+    with ws.store.write(ws.task.name, "checkpoints", cell.checkpoint) as draft:
+        trained = train(
+            base_builder(ws)(),
+            torch.from_numpy(np.concatenate(inputs)),
+            torch.from_numpy(np.concatenate(labels)),
+            torch.from_numpy(np.concatenate(weights)).float(),
+            trainable=list(trainable_shapes(ws)),
+            steps=spec.steps,
+            batch_size=spec.batch_size,
+            lr=spec.lr,
+            seed=cell.seed,
+        )
+        save_weights(trained.weights, draft.path / WEIGHTS)
+        draft.rows = sum(map(len, labels))
+        draft.summary = {"curve": trained.curve}

@@ -1,0 +1,112 @@
+"""A generation: the set of arrivals that a selection sees, under a number that counts up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import pyarrow as pa
+from filelock import FileLock
+
+from dsel_assets.data import DIGEST_COLUMN, Examples, merge
+from dsel_assets.resources.store import Entry, StoreError, identity, write_json
+from dsel_assets.steps.arrivals import arrivals
+from dsel_assets.steps.pool import evaluation_set, held_back, ingest
+from dsel_assets.steps.sketches import load_sketched, sketch, sketch_space
+from dsel_assets.steps.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Member:
+    """An arrival as a generation sees it, by the identities of its artifacts."""
+
+    arrival: str
+    pool: str
+    gradients: str
+    sketches: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Its number, the identity of what it is made of, and its arrivals by key."""
+
+    number: int
+    identity: str
+    members: tuple[Member, ...]
+
+
+def current_generation(ws: Workspace) -> Generation:
+    """The generation of every arrival that is sketched and not held back; entered when it is new."""
+    members = tuple(_members(ws))
+    if not members:
+        raise StoreError(f"{ws.task.name}: no arrival is sketched yet; run the ingest job first")
+    fields = {"members": [asdict(member) for member in members], "space": sketch_space(ws)}
+    folder = ws.store.folder(ws.task.name, "generations")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{identity(fields)}.json"
+    with FileLock(folder / "lock"):
+        if not path.exists():
+            number = 1 + len(list(folder.glob("*.json")))
+            write_json(path, {"number": number, **fields})
+    return Generation(json.loads(path.read_text())["number"], path.stem, members)
+
+
+def _members(ws: Workspace) -> list[Member]:
+    found = []
+    for known in arrivals(ws):
+        pool = ingest(ws, known.key)
+        if pool.manifest["rows"] == 0 or held_back(ws, pool):
+            continue
+        made = sketch(ws, pool)
+        found.append(
+            Member(known.key, pool.identity, made.gradients.identity, made.sketches.identity)
+        )
+    return found
+
+
+def load_pool(ws: Workspace, generation: Generation) -> tuple[Examples, pa.Table, pa.Table]:
+    """The generation's examples with their sketches; duplicates and conflicts across arrivals.
+
+    Of an id that arrives twice the first arrival's row is kept.
+    """
+    return _load_pool(_Key(ws, generation))
+
+
+def load_target(ws: Workspace) -> Examples | None:
+    """The target set with its sketches, or None where the task has none."""
+    if ws.task.target is None:
+        return None
+    target = evaluation_set(ws, "target")
+    return load_sketched(ws, sketch(ws, target).sketches, target)
+
+
+@dataclass(frozen=True)
+class _Key:
+    ws: Workspace
+    generation: Generation
+
+    def __hash__(self) -> int:
+        return hash((self.generation.identity, self.ws.home))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and hash(self) == hash(other)
+
+
+@lru_cache(maxsize=1)
+def _load_pool(key: _Key) -> tuple[Examples, pa.Table, pa.Table]:
+    parts = []
+    for member in key.generation.members:
+        pool = _entry(key.ws, "pool", member.pool)
+        sketches = _entry(key.ws, "sketches", member.sketches)
+        parts.append((member.arrival, load_sketched(key.ws, sketches, pool)))
+    examples, duplicates, conflicts = merge(parts)
+    examples.columns.pop(DIGEST_COLUMN, None)
+    return examples, duplicates, conflicts
+
+
+def _entry(ws: Workspace, kind: str, identity: str) -> Entry:
+    entry = ws.store.entry(ws.task.name, kind, identity)
+    if entry is None:
+        raise StoreError(f"{ws.task.name}/{kind}/{identity} is gone; run the ingest job again")
+    return entry

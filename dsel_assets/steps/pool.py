@@ -1,0 +1,211 @@
+"""Files into examples: arrivals of the pool, and the sets that evaluation reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
+
+from dsel_assets.data import (
+    DIGEST_COLUMN,
+    LEAK,
+    UNREADABLE_FILE,
+    Contract,
+    Examples,
+    UnreadableFileError,
+    Validated,
+    file_digest,
+    find_leaks,
+    quarantine_table,
+    read_file,
+    validate,
+)
+from dsel_assets.resources.store import Draft, Entry
+from dsel_assets.steps.arrivals import arrival
+from dsel_assets.steps.workspace import Workspace
+from dsel_assets.task import TaskError
+
+VERSION = 1
+
+
+def contract(ws: Workspace) -> Contract:
+    """The schema of the task as what the readers check."""
+    schema = ws.task.pool.columns
+    return Contract(
+        input=schema.input,
+        label=schema.label,
+        group=schema.group,
+        id=schema.id,
+        kind=schema.kind,
+        shape=tuple(schema.shape),
+        classes=tuple(schema.classes),
+    )
+
+
+def evaluation_set(ws: Workspace, split: str) -> Entry:
+    """Target, validation or test. A row that does not meet the contract is an error here."""
+    path = ws.source_path(split)
+    schema = ws.task.pool.columns.model_dump(mode="json")
+    fields = {"split": split, "file": digest_of(path), "contract": schema, "version": VERSION}
+    if entry := ws.store.find(ws.task.name, "target", fields):
+        return entry
+    found = validate(read_file(path, contract(ws).declared), contract(ws), split)
+    if found.quarantine.num_rows or not len(found.examples):
+        first = found.quarantine.slice(0, 1).to_pylist() or [{"row": 0, "reason": "no rows"}]
+        raise TaskError(
+            f"{path}: {found.quarantine.num_rows} of {found.seen} rows of {split} can't be used; "
+            f"the first is row {first[0]['row']} ({first[0]['reason']}); mend the file"
+        )
+    with ws.store.write(ws.task.name, "target", fields) as draft:
+        _write(ws, draft, found.examples, {"task": ws.task.name, "split": split})
+        draft.summary = {"rows": draft.rows, "duplicates": found.duplicates}
+    return draft.done
+
+
+def shared_inputs(ws: Workspace) -> dict[str, int]:
+    """How many inputs of target and validation stand, exactly, in a later evaluation set."""
+    inputs = {split: load_examples(evaluation_set(ws, split)).inputs for split in ws.splits}
+    return {
+        f"{one} in {other}": len(find_leaks(inputs[one], inputs[other], threshold=1.0)[0])
+        for one, other in (("target", "validation"), ("target", "test"), ("validation", "test"))
+        if one in inputs
+    }
+
+
+def ingest(ws: Workspace, key: str) -> Entry:
+    """An arrival's rows that meet the contract; the others in quarantine, each with its reason.
+
+    Rows whose input stands in target, validation or test, exactly or nearly, are quarantined as
+    leaks. An unreadable file gives no rows and one line of quarantine.
+    """
+    known = arrival(ws, key)
+    evaluation = {split: evaluation_set(ws, split) for split in ws.splits}
+    fields = {
+        "arrival": key,
+        "file": known.digest,
+        "contract": ws.task.pool.columns.model_dump(mode="json"),
+        "evaluation": {split: entry.identity for split, entry in evaluation.items()},
+        "leak_similarity": ws.task.pool.leak_similarity,
+        "version": VERSION,
+    }
+    if entry := ws.store.find(ws.task.name, "pool", fields):
+        return entry
+    try:
+        if digest_of(known.path) != known.digest:
+            raise UnreadableFileError(known.path, "it changed after it was registered")
+        found = validate(read_file(known.path, contract(ws).declared), contract(ws), key)
+    except UnreadableFileError as error:
+        found = validate([], contract(ws), key)
+        lost = quarantine_table([(key, None, None, UNREADABLE_FILE, error.why)])
+        found = Validated(found.examples, lost, 0, 1)
+    examples, leaks = _without_leaks(ws, key, found.examples, evaluation)
+    quarantine = pa.concat_tables([found.quarantine, leaks])
+    constants = {"task": ws.task.name, "arrival": key}
+    with ws.store.write(ws.task.name, "pool", fields) as draft:
+        _write(ws, draft, examples, constants)
+        pq.write_table(_with_constants(quarantine, constants), draft.path / "quarantine.parquet")
+        draft.summary = {
+            "seen": found.seen,
+            "rows": len(examples),
+            "duplicates": found.duplicates,
+            "quarantined": quarantine.num_rows,
+            "reasons": _counts(quarantine["reason"].to_pylist()),
+            "undeclared_columns": list(found.extra),
+            "classes": _counts([contract(ws).classes[label] for label in examples.labels]),
+            "sources": _counts(examples.groups.tolist()),
+        }
+    return draft.done
+
+
+def held_back(ws: Workspace, entry: Entry) -> str | None:
+    """Why an arrival must not go on to gradients, or None. An empty file is fine."""
+    summary = entry.summary
+    if UNREADABLE_FILE in summary["reasons"]:
+        return "the file can't be read"
+    share = summary["quarantined"] / max(1, summary["seen"])
+    if share > ws.task.pool.max_quarantine:
+        return (
+            f"{share:.0%} of its rows are in quarantine, more than pool.max_quarantine "
+            f"({ws.task.pool.max_quarantine:.0%}): {summary['reasons']}"
+        )
+    return None
+
+
+@lru_cache(maxsize=64)
+def _load(path: str, identity: str) -> Examples:
+    rows = pq.read_table(f"{path}/rows.parquet")
+    arrays = load_file(f"{path}/inputs.safetensors")
+    return Examples(
+        ids=np.array(rows["example_id"].to_pylist(), dtype=np.str_),
+        labels=rows["label"].to_numpy().copy(),  # Arrow's are read-only, which torch warns of
+        groups=np.array(rows["source"].to_pylist(), dtype=np.str_),
+        inputs=arrays["inputs"],
+        columns={DIGEST_COLUMN: np.array(rows[DIGEST_COLUMN].to_pylist(), dtype=np.str_)},
+    )
+
+
+def load_examples(entry: Entry) -> Examples:
+    """The examples of an arrival or an evaluation set."""
+    entry.file("rows.parquet"), entry.file("inputs.safetensors")
+    return _load(str(entry.path), entry.identity)
+
+
+def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str, str]) -> None:
+    classes = ws.task.pool.columns.classes
+    assert examples.inputs is not None
+    rows = pa.table(
+        {
+            "example_id": examples.ids,
+            "row": examples.columns["row"],
+            "label": examples.labels,
+            "label_name": [classes[label] for label in examples.labels],
+            "source": examples.groups,
+            DIGEST_COLUMN: examples.columns[DIGEST_COLUMN],
+        }
+    )
+    pq.write_table(_with_constants(rows, constants), draft.path / "rows.parquet")
+    save_file({"inputs": np.ascontiguousarray(examples.inputs)}, draft.path / "inputs.safetensors")
+    draft.rows = len(examples)
+
+
+def _without_leaks(
+    ws: Workspace, key: str, examples: Examples, evaluation: dict[str, Entry]
+) -> tuple[Examples, pa.Table]:
+    clean, refused = np.ones(len(examples), dtype=bool), []
+    for split, entry in evaluation.items():
+        known = load_examples(entry)
+        assert examples.inputs is not None and known.inputs is not None
+        rows, match, similarity = find_leaks(
+            examples.inputs,
+            known.inputs,
+            threshold=ws.task.pool.leak_similarity,
+            kind=ws.task.pool.columns.kind,
+        )
+        for row, other, cosine in zip(rows, match, similarity, strict=True):
+            if clean[row]:
+                clean[row] = False
+                detail = f"{split} {known.ids[other]}, similarity {cosine:.3f}"
+                number = int(examples.columns["row"][row])
+                refused.append((key, number, str(examples.ids[row]), LEAK, detail))
+    return examples.take(clean), quarantine_table(refused)
+
+
+def _with_constants(table: pa.Table, constants: dict[str, str]) -> pa.Table:
+    for name, value in reversed(constants.items()):
+        table = table.add_column(0, name, pa.array([value] * len(table), pa.string()))
+    return table
+
+
+def _counts(values: list[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+def digest_of(path: str) -> str:
+    try:
+        return file_digest(path)
+    except FileNotFoundError as error:
+        raise UnreadableFileError(path, "it is not there (any more)") from error

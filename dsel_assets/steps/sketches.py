@@ -1,0 +1,191 @@
+"""One backward pass an example: its loss, its gradient's norm, and the gradient's sketch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dsel_assets.data import Examples
+from dsel_assets.gradients import GradientBlock, gradient_blocks
+from dsel_assets.resources.rows import RowWriter, read_rows
+from dsel_assets.resources.store import Draft, Entry
+from dsel_assets.sketching import ModelSketch
+from dsel_assets.steps.model import base_builder, gradient_space, trainable_shapes
+from dsel_assets.steps.pool import load_examples
+from dsel_assets.steps.spectrum import hessian_spectrum
+from dsel_assets.steps.workspace import Workspace
+
+RAW = "raw.safetensors"
+SKETCHES = "sketches.safetensors"
+ZERO, NON_FINITE = "zero gradient", "non-finite gradient"
+
+
+class Sketched(NamedTuple):
+    """Both outputs of the pass; `source` says where the gradients came from this time."""
+
+    gradients: Entry
+    sketches: Entry
+    source: str
+
+
+def sketch_dimension(ws: Workspace) -> int:
+    """D of the task; `auto` takes what the spectrum advises (from 256 to 8192), pinned by it."""
+    if ws.task.sketch.dim != "auto":
+        return int(ws.task.sketch.dim)
+    return min(8192, max(256, hessian_spectrum(ws).summary["advised_dimension"]))
+
+
+def sketch_space(ws: Workspace) -> dict[str, Any]:
+    """The gradient space and its operator: sketches may be compared only if this is equal."""
+    spec = ws.task.sketch
+    operator = {"kind": spec.kind, "dim": sketch_dimension(ws), "seed": spec.seed, "version": 1}
+    return gradient_space(ws) | {"sketch": operator, "dtype": "float32"}
+
+
+def sketch(ws: Workspace, examples: Entry) -> Sketched:
+    """Gradients and sketches of an arrival or of the target set, each looked up or made.
+
+    Rows whose gradient is zero or not finite are quarantined with the gradients: they would escape
+    or poison every score. Asked for sketches where only the gradients are left, it reads the raw
+    rows if they were kept, else it repeats the pass.
+    """
+    task, store = ws.task.name, ws.store
+    fields = {"examples": examples.identity, "space": gradient_space(ws), "version": 1}
+    sketch_fields = {"examples": examples.identity, "space": sketch_space(ws), "version": 1}
+    gradients = store.find(task, "gradients", fields)
+    sketches = store.find(task, "sketches", sketch_fields)
+    if gradients and sketches:
+        return Sketched(gradients, sketches, "store")
+    known = load_examples(examples)
+    source = "backward pass"
+    if gradients and RAW in gradients.manifest["files"]:
+        blocks, source = _raw_blocks(ws, gradients), "kept raw rows"
+        known = known.take(np.isin(known.ids, pq.read_table(gradients.file("rows.parquet"))["example_id"]))
+    else:
+        blocks = _pass(ws, known)
+    with ExitStack() as stack:
+        rows = None if gradients else stack.enter_context(store.write(task, "gradients", fields))
+        draft = None if sketches else stack.enter_context(store.write(task, "sketches", sketch_fields))
+        _stream(ws, known, blocks, rows, draft)
+    made_gradients = gradients or (rows.done if rows else None)
+    made_sketches = sketches or (draft.done if draft else None)
+    assert made_gradients is not None and made_sketches is not None
+    return Sketched(made_gradients, made_sketches, source)
+
+
+def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
+    """The examples that have a sketch, with it. Refuses sketches of another space or other rows."""
+    for field, expected in sketch_space(ws).items():
+        if sketched.manifest["fields"]["space"][field] != expected:
+            raise ValueError(
+                f"{sketched.path}: these sketches have another {field}: "
+                f"{sketched.manifest['fields']['space'][field]!r}, the task asks for {expected!r}"
+            )
+    known = load_examples(examples)
+    ids = pq.read_table(sketched.file("ids.parquet"))["example_id"].to_pylist()
+    place = {example_id: row for row, example_id in enumerate(known.ids)}
+    found = known.take(np.array([place[example_id] for example_id in ids], dtype=np.int64))
+    return Examples(**(vars(found) | {"sketches": read_rows(sketched.file(SKETCHES))}))
+
+
+def _stream(
+    ws: Workspace,
+    known: Examples,
+    blocks: Iterator[GradientBlock],
+    rows: Draft | None,
+    draft: Draft | None,
+) -> None:
+    shapes = trainable_shapes(ws)
+    width = sum(math.prod(shape) for shape in shapes.values())
+    keep = rows is not None and 4 * width * len(known) <= ws.task.gradients.keep_raw_bytes
+    losses, norms = np.zeros(len(known), np.float32), np.zeros(len(known), np.float32)
+    with ExitStack() as stack:
+        raw = sketches = None
+        if rows is not None and keep:
+            raw = stack.enter_context(RowWriter(rows.path / RAW, width))
+        if draft is not None:
+            spec = ws.task.sketch
+            operator = ModelSketch(shapes, spec.kind, sketch_dimension(ws), spec.seed)
+            sketches = stack.enter_context(
+                RowWriter(draft.path / SKETCHES, sketch_dimension(ws))
+            )
+        bar = stack.enter_context(tqdm(total=len(known), desc="gradients", unit="ex", leave=False))
+        for block in blocks:
+            losses[block.rows], norms[block.rows] = block.losses, block.norms
+            good = _usable(block.losses, block.norms)
+            chosen = {name: gradient[good] for name, gradient in block.gradients.items()}
+            if raw is not None:
+                raw.append(torch.cat([g.flatten(1) for g in chosen.values()], 1).numpy())
+            if sketches is not None:
+                sketches.append(operator(chosen).numpy())
+            bar.update(len(block.losses))
+    usable = _usable(torch.from_numpy(losses), torch.from_numpy(norms)).numpy()
+    if draft is not None:
+        pq.write_table(pa.table({"example_id": known.ids[usable]}), draft.path / "ids.parquet")
+        draft.rows = int(usable.sum())
+        draft.summary = {"dimension": sketch_dimension(ws), "parameters": width}
+    if rows is not None:
+        _write_rows(ws, known, losses, norms, usable, rows)
+        rows.summary |= {"parameters": width, "raw_kept": bool(keep)}
+
+
+def _write_rows(
+    ws: Workspace,
+    known: Examples,
+    losses: np.ndarray,
+    norms: np.ndarray,
+    usable: np.ndarray,
+    draft: Draft,
+) -> None:
+    task = pa.array([ws.task.name] * len(known), pa.string())
+    table = pa.table({"task": task, "example_id": known.ids, "loss": losses, "norm": norms})
+    reason = np.where(np.isfinite(norms) & np.isfinite(losses), ZERO, NON_FINITE)
+    refused = table.append_column("reason", pa.array(reason)).filter(pa.array(~usable))
+    pq.write_table(table.filter(pa.array(usable)), draft.path / "rows.parquet")
+    pq.write_table(refused, draft.path / "quarantine.parquet")
+    draft.rows = int(usable.sum())
+    draft.summary = {
+        "quarantined": len(refused),
+        "mean_loss": float(losses[usable].mean()) if usable.any() else None,
+        "mean_norm": float(norms[usable].mean()) if usable.any() else None,
+    }
+
+
+def _usable(losses: Tensor, norms: Tensor) -> Tensor:
+    return losses.isfinite() & norms.isfinite() & (norms > 0)
+
+
+def _pass(ws: Workspace, known: Examples) -> Iterator[GradientBlock]:
+    assert known.inputs is not None
+    return gradient_blocks(
+        base_builder(ws)(),
+        torch.from_numpy(known.inputs),
+        torch.from_numpy(known.labels),
+        list(trainable_shapes(ws)),
+        block=ws.task.gradients.block,
+    )
+
+
+def _raw_blocks(ws: Workspace, gradients: Entry) -> Iterator[GradientBlock]:
+    """The kept rows as the pass gave them; only usable ones were kept."""
+    shapes = trainable_shapes(ws)
+    raw = torch.from_numpy(read_rows(gradients.file(RAW)))
+    table = pq.read_table(gradients.file("rows.parquet"))
+    losses, norms = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("loss", "norm"))
+    for start in range(0, len(raw), ws.task.gradients.block):
+        rows = slice(start, min(start + ws.task.gradients.block, len(raw)))
+        parts = raw[rows].split([math.prod(shape) for shape in shapes.values()], dim=1)
+        named = {
+            name: part.reshape(-1, *shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+        yield GradientBlock(rows, named, losses[rows], norms[rows])

@@ -1,0 +1,151 @@
+"""Every strategy against random, paired by seed and example; promotes a champion or keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dsel_assets.evaluation import holm, paired_difference, verdict
+from dsel_assets.resources.store import Entry, Store, write_json
+from dsel_assets.steps.cells import Cell, cells
+from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.metrics import SPLITS
+from dsel_assets.steps.workspace import Workspace
+
+def compare(ws: Workspace, generation: Generation) -> Entry:
+    """The table `comparisons`: differences to random with their intervals, and the verdicts.
+
+    Accuracy is compared on validation and on test. Holm's correction spans the strategies at the
+    promoted budget; at other budgets the intervals and p values stand as they are, descriptive.
+    """
+    every = list(cells(ws, generation))
+    fields = {
+        "generation": generation.identity,
+        "cells": [cell.identities for cell in every],
+        "promote": ws.task.promote.model_dump(),
+        "version": 1,
+    }
+    if entry := ws.store.find(ws.task.name, "verdict", fields):
+        return entry
+    with ws.store.write(ws.task.name, "verdict", fields) as draft:
+        rows = list(_comparisons(ws, generation, every))
+        pq.write_table(pa.Table.from_pylist(rows), draft.path / "comparisons.parquet")
+        draft.rows = len(rows)
+        draft.summary = {
+            "generation": generation.number,
+            "verdicts": {
+                row["strategy"]: row["verdict"]
+                for row in rows
+                if row["split"] == "test" and row["budget"] == ws.task.promote.budget
+            },
+        }
+    return draft.done
+
+
+def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, Any] | None:
+    """Make the best strategy that validation calls better the champion; else keep the one there is.
+
+    The champion is the selection of the first seed at the promoted budget. Every change is
+    appended to `promotions.jsonl` with the evidence; asking again changes nothing.
+    """
+    rows = pq.read_table(decided.file("comparisons.parquet")).to_pylist()
+    better = [
+        row
+        for row in rows
+        if row["split"] == "validation"
+        and row["budget"] == ws.task.promote.budget
+        and row["verdict"] == "better"
+        and row["strategy"] not in ("full", "target_only")
+    ]
+    if not better:
+        return champion(ws)
+    best = max(better, key=lambda row: row["diff"])
+    cell = next(
+        cell
+        for cell in cells(ws, generation, best["strategy"])
+        if cell.budget == best["budget"] and cell.seed == 0
+    )
+    chosen = {
+        "strategy": best["strategy"],
+        "budget": best["budget"],
+        "generation": generation.number,
+        "selection": cell.identities["subsets"],
+        "checkpoint": cell.identities["checkpoints"],
+        "evidence": {key: best[key] for key in ("diff", "diff_low", "diff_high", "p_holm")},
+        "verdict": decided.identity,
+    }
+    if champion(ws) != chosen:
+        folder = ws.store.folder(ws.task.name, "champion")
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "promotions.jsonl").open("a") as log:
+            log.write(json.dumps(chosen, sort_keys=True) + "\n")
+        write_json(folder / "champion.json", chosen)
+    return chosen
+
+
+def champion(ws: Workspace) -> dict[str, Any] | None:
+    """The promoted selection and the evidence it was promoted on, or None."""
+    path = ws.store.folder(ws.task.name, "champion") / "champion.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _comparisons(
+    ws: Workspace, generation: Generation, every: list[Cell]
+) -> Iterator[dict[str, Any]]:
+    rule = ws.task.promote
+    for split in SPLITS:
+        for budget in ws.task.budgets:
+            correct = {
+                name: _correct(ws.store, ws.task.name, split, group)
+                for name, group in _by_strategy(every, budget).items()
+            }
+            baseline = correct[rule.against]
+            found = {
+                name: paired_difference(values - baseline, confidence=rule.confidence)
+                for name, values in correct.items()
+                if name != rule.against
+            }
+            promoted = budget == rule.budget
+            p = {name: difference.p for name, difference in found.items()}
+            adjusted = holm(p) if promoted else p
+            for name, difference in found.items():
+                yield {
+                    "task": ws.task.name,
+                    "generation": generation.number,
+                    "strategy": name,
+                    "budget": budget,
+                    "split": split,
+                    "metric": rule.metric,
+                    "confidence": rule.confidence,
+                    "diff": difference.mean,
+                    "diff_low": difference.low,
+                    "diff_high": difference.high,
+                    "p": difference.p,
+                    "p_holm": adjusted[name],
+                    "corrected": promoted,
+                    "verdict": verdict(difference, adjusted[name], rule.confidence),
+                }
+
+
+def _by_strategy(every: list[Cell], budget: int) -> dict[str, list[Cell]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in every:
+        if cell.budget == budget:
+            groups.setdefault(cell.strategy, []).append(cell)
+    return groups
+
+
+def _correct(store: Store, task: str, split: str, group: list[Cell]) -> NDArray[np.float64]:
+    """[seeds, examples] 1 where the prediction was right, examples in the order of the set."""
+    rows = []
+    for cell in group:
+        path = store.get(task, "metrics", cell.metric).file("predictions.parquet")
+        table = pq.read_table(path, filters=[("split", "=", split)])
+        rows.append(table["predicted"].to_numpy() == table["label"].to_numpy())
+    return np.array(rows, dtype=np.float64)

@@ -1,0 +1,290 @@
+"""The task: the YAML file that a user writes, every knob documented and checked here and only here.
+
+Light on purpose (pydantic and yaml only): the code location imports it at start-up.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+
+class TaskError(ValueError):
+    """A task file that can't be used: the message names the file, the key's path and what is allowed."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
+
+
+class Schema(_Spec):
+    """What a row of the data holds; the same for pool, target, validation and test."""
+
+    input: str = Field("image", description="column with the model's input")
+    label: str = Field("label", description="column with the class, as an index or a name")
+    group: str | None = Field(None, description="column with the row's source or vendor")
+    id: str | None = Field(None, description="column with an id; without one, the content's hash")
+    kind: Literal["image", "vector"] = Field("image", description="integers are divided by 255 in images")
+    shape: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="shape of one input, e.g. [28, 28]"
+    )
+    classes: list[str] = Field(description="number of classes, or their names in order")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _count_or_names(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
+            return [str(index) for index in range(value)]
+        if isinstance(value, list) and len(value) >= 2 and len(set(map(str, value))) == len(value):
+            return [str(name) for name in value]
+        raise ValueError("a number of classes (at least 2), or a list of distinct names")
+
+
+class PoolSpec(_Spec):
+    """Where examples to choose from arrive."""
+
+    landing: str = Field(
+        description="folder or fsspec URL watched for .parquet, .jsonl, .jsonl.gz; or bundled:<name>"
+    )
+    columns: Schema = Field(alias="schema", description="the contract that every row must meet")
+    leak_similarity: float = Field(
+        0.985, gt=0, le=1, description="cosine of centred inputs from which a pool row counts as a copy of an evaluation row"
+    )
+    max_quarantine: float = Field(
+        0.2, ge=0, le=1, description="share of an arrival's rows that may be quarantined before it is held back"
+    )
+
+
+class Source(_Spec):
+    """A fixed set of examples."""
+
+    source: str = Field(description="file (.parquet, .jsonl, .jsonl.gz), or bundled:<name>/<split>")
+
+
+class ModelSpec(_Spec):
+    """What is finetuned, from which checkpoint."""
+
+    kind: Literal["torch"] = Field("torch", description="family of models")
+    name: Literal["small_cnn", "mlp"] = Field("small_cnn", description="architecture")
+    base: str = Field(description="safetensors file to start from, or bundled:<name>")
+
+
+class Finetune(_Spec):
+    """The training that every strategy gets, the same for all."""
+
+    trainable: str | list[str] = Field(
+        "all", description="all, head (the last layer), or patterns of parameter names"
+    )
+    steps: int = Field(400, ge=1, description="optimiser steps, whatever the subset's size")
+    batch_size: int = Field(32, ge=1, description="examples a step")
+    lr: float = Field(1e-3, gt=0, description="Adam's learning rate, decayed to 0 by a cosine")
+    include_target: bool = Field(True, description="train on the target set as well")
+
+
+class GradientSpec(_Spec):
+    """How per-example gradients are taken."""
+
+    block: int = Field(64, ge=1, description="examples a backward pass; halved when memory runs out")
+    keep_raw_bytes: int = Field(
+        0, ge=0, description="keep an arrival's raw gradients if they take at most this many bytes"
+    )
+
+
+class SketchSpec(_Spec):
+    """The linear operator that every gradient goes through, fixed for the life of the store."""
+
+    kind: Literal["affd", "countsketch", "gaussian"] = Field("affd", description="operator")
+    dim: int | Literal["auto"] = Field(
+        1024, description="dimension D; auto takes the spectrum's advice once and pins it"
+    )
+    seed: int = Field(0, ge=0, description="seed of the operator")
+
+    @field_validator("dim")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("a positive dimension, or auto")
+        return value
+
+
+class SpectrumSpec(_Spec):
+    """The Hessian spectrum at the base checkpoint."""
+
+    examples: int = Field(256, ge=1, description="pool examples that the loss is averaged over")
+    eigenvalues: int = Field(20, ge=2, description="how many to report, from both ends")
+    iterations: int = Field(40, ge=4, description="Lanczos steps")
+    tolerance: float = Field(
+        0.25, gt=0, description="relative error of the smallest outlier eigenvalue that the advised dimension allows"
+    )
+
+
+class Random(_Spec):
+    """A uniform draw: what every strategy is compared with."""
+
+
+class Full(_Spec):
+    """The whole pool, whatever the budget."""
+
+
+class TargetOnly(_Spec):
+    """Nothing from the pool: what the target set alone gives."""
+
+
+class Skmm(_Spec):
+    """Sketchy Moment Matching (arXiv:2407.06120)."""
+
+    c: float = Field(0.999, gt=0, description="c_S of the moment condition; below 1")
+    tol: float = Field(1e-4, gt=0, description="duality gap to stop at, relative to a uniform draw's objective")
+
+
+class Bads(_Spec):
+    """Bayesian data point selection (arXiv:2411.03768)."""
+
+    beta: float = Field(0.5, gt=0, lt=1, description="believed useful fraction of the pool, never the budget")
+    sigma: float = Field(0.05, gt=0, description="tolerance of the prior on the mean weight")
+    steps: int = Field(1000, ge=10, description="steps of the chain")
+    batch_size: int = Field(100, ge=1, description="pool examples a step")
+    pick: Literal["sample", "top"] = Field(
+        "sample", description="sample: without replacement, in proportion to the mean weight; top: the largest"
+    )
+
+
+class Itl(_Spec):
+    """Information-based transductive learning (arXiv:2402.15898)."""
+
+    form: Literal["paper", "library"] = Field("paper", description="noise inside the ratio, or not")
+    noise: float | None = Field(None, gt=0, description="observation variance; none: the mean squared norm")
+
+
+class Strategies(_Spec):
+    """The strategies that are compared; random and full always are."""
+
+    random: Random = Random()
+    full: Full = Full()
+    target_only: TargetOnly | None = None
+    skmm: Skmm | None = None
+    bads: Bads | None = None
+    itl: Itl | None = None
+
+    def chosen(self) -> dict[str, _Spec]:
+        """The strategies that this task runs, with their settings, in a fixed order."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: settings for name, settings in named.items() if settings is not None}
+
+
+class Promote(_Spec):
+    """The rule by which a selection becomes the champion. Reads validation, never test."""
+
+    against: Literal["random"] = Field("random", description="the strategy to beat")
+    budget: int = Field(description="the budget at which strategies are judged")
+    metric: Literal["accuracy"] = Field("accuracy", description="per-example score that is compared")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the intervals and tests")
+
+
+class Task(_Spec):
+    """A selection task. The file's name is the task's name."""
+
+    name: str
+    pool: PoolSpec
+    target: Source | None = Field(None, description="small, clean, of the task that matters; strategies read it")
+    validation: Source = Field(description="promotion and every choice of a setting read this")
+    test: Source = Field(description="only reported")
+    model: ModelSpec
+    finetune: Finetune = Finetune()
+    gradients: GradientSpec = GradientSpec()
+    sketch: SketchSpec = SketchSpec()
+    spectrum: SpectrumSpec = SpectrumSpec()
+    strategies: Strategies = Strategies()
+    budgets: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="how many examples to choose, ascending"
+    )
+    seeds: int = Field(5, ge=2, description="paired seeds a budget; an interval needs at least 2")
+    schedule: str | None = Field(None, description="cron line for a re-selection beside the arrivals")
+    promote: Promote
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Task:
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError("budgets: must ascend and not repeat")
+        if self.promote.budget not in self.budgets:
+            raise ValueError(f"promote.budget: must be one of the budgets {list(self.budgets)}")
+        if self.target is None:
+            for name in ("itl", "bads", "target_only"):
+                if getattr(self.strategies, name) is not None:
+                    raise ValueError(f"strategies.{name}: needs a target set; give target.source")
+            if self.finetune.include_target:
+                raise ValueError("finetune.include_target: there is no target; set it to false")
+        if self.schedule is not None and len(self.schedule.split()) != 5:
+            raise ValueError('schedule: a cron line of five fields, e.g. "0 6 * * 1"')
+        return self
+
+    def settings(self, strategy: str) -> dict[str, Any]:
+        """The settings of one strategy, as plain values."""
+        return self.strategies.chosen()[strategy].model_dump()
+
+
+def load_task(path: str | Path) -> Task:
+    """Read and check one task file; `TaskError` says in one line what is wrong and where."""
+    path = Path(path)
+    if not NAME.fullmatch(path.stem):
+        raise TaskError(f"{path}: a task's name is lower case letters, digits and _, at most 40")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise TaskError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise TaskError(f"{path}: a task is a mapping of keys, see tasks/digits.yaml")
+    if isinstance(content.get("strategies"), dict):
+        # `skmm:` with nothing behind it is the natural way to say "with its defaults"
+        content["strategies"] = {k: v or {} for k, v in content["strategies"].items()}
+    try:
+        return Task(**(content | {"name": path.stem}))
+    except ValidationError as error:
+        raise TaskError(f"{path}: " + "; ".join(map(_explain, error.errors()))) from None
+
+
+def load_tasks(folder: str | Path) -> list[Task]:
+    """Every task of a folder, by name."""
+    return [load_task(path) for path in sorted(Path(folder).glob("*.yaml"))]
+
+
+def warn_about_budgets(task: Task, rows: int) -> None:
+    """A budget that the pool can't fill is clamped when selecting; say so once the pool is known."""
+    for budget in task.budgets:
+        if budget >= rows:
+            warnings.warn(
+                f"{task.name}: budgets: {budget} takes all {rows} examples of the pool", stacklevel=2
+            )
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key; allowed are {', '.join(_allowed(error['loc'][:-1]))}"
+    given = "" if error["type"] in ("missing", "value_error") else f", not {error['input']!r}"
+    return f"{path}: {message}{given}" if path else message
+
+
+def _allowed(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = Task
+    for part in path:
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        annotation = fields[str(part)].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next(option for option in options if hasattr(option, "model_fields"))
+    return [field.alias or name for name, field in model.model_fields.items() if name != "name"]
