@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dsel_assets.resources.store import Entry
-from dsel_assets.steps.arrivals import landed, register
+from dsel_assets.steps.arrivals import arrivals, landed, register
+from dsel_assets.steps.catalog import write_catalog
 from dsel_assets.steps.checkpoints import finetune
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.metrics import evaluate
+from dsel_assets.steps.pool import held_back, ingest
+from dsel_assets.steps.sketches import sketch
+from dsel_assets.steps.spectrum import hessian_spectrum
 from dsel_assets.steps.subsets import select
 from dsel_assets.steps.verdict import compare, promote
 from dsel_assets.steps.workspace import Workspace
@@ -17,6 +21,11 @@ def run(ws: Workspace) -> Entry:
     ws.prepare()
     for file in landed(ws):
         register(ws, file)
+    for known in arrivals(ws):
+        pool = ingest(ws, known.key)
+        if held_back(ws, pool) is None:
+            sketch(ws, pool)
+    hessian_spectrum(ws)
     generation = current_generation(ws)
     for strategy in ws.task.strategies.chosen():
         select(ws, generation, strategy)
@@ -24,4 +33,5 @@ def run(ws: Workspace) -> Entry:
         evaluate(ws, generation, strategy)
     decided = compare(ws, generation)
     promote(ws, generation, decided)
+    write_catalog(ws, generation, decided)
     return decided

@@ -24,6 +24,7 @@ from sqlglot.optimizer.qualify import qualify
 from sqlglot.optimizer.scope import build_scope, traverse_scope
 from sqlglot.tokens import TokenType
 
+from dsel_assets.assets.declare import markdown
 from dsel_assets.resources.warehouse import SOURCES, Sample, Warehouse
 
 DIALECT = "duckdb"
@@ -194,7 +195,7 @@ def _asset(
 def _check_result(name: str, found: Sample) -> dg.AssetCheckResult:
     metadata: dict[str, Any] = {"violations": found.count}
     if found.count:
-        metadata["examples"] = dg.MetadataValue.md(_markdown(list(found.columns), found.rows))
+        metadata["examples"] = dg.MetadataValue.md(markdown(list(found.columns), found.rows))
     return dg.AssetCheckResult(check_name=name, passed=not found.count, metadata=metadata)
 
 
@@ -213,8 +214,8 @@ def _metadata(
         "dagster/table_name": model.name,
         "dagster/column_schema": dg.TableSchema(columns),
         "dagster/column_lineage": dg.TableColumnLineage(deps),
-        "lineage": dg.MetadataValue.md(_markdown(["column", "made of"], made_of)),
-        "preview": dg.MetadataValue.md(_markdown(list(table.columns), table.rows)),
+        "lineage": dg.MetadataValue.md(markdown(["column", "made of"], made_of)),
+        "preview": dg.MetadataValue.md(markdown(list(table.columns), table.rows)),
     }
 
 
@@ -224,18 +225,6 @@ def _code_reference(model: Query) -> dg.CodeReferencesMetadataValue:
         return dg.CodeReferencesMetadataValue(
             code_references=[dg.LocalFileCodeReference(file_path=str(model.path.absolute()))]
         )
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _must_be_among(known: Any, query: Query, tables: Any) -> None:

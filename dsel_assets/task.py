@@ -38,7 +38,9 @@ class Schema(_Spec):
     label: str = Field("label", description="column with the class, as an index or a name")
     group: str | None = Field(None, description="column with the row's source or vendor")
     id: str | None = Field(None, description="column with an id; without one, the content's hash")
-    kind: Literal["image", "vector"] = Field("image", description="integers are divided by 255 in images")
+    kind: Literal["image", "vector"] = Field(
+        "image", description="integers are divided by 255 in images"
+    )
     shape: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1, description="shape of one input, e.g. [28, 28]"
     )
@@ -62,10 +64,16 @@ class PoolSpec(_Spec):
     )
     columns: Schema = Field(alias="schema", description="the contract that every row must meet")
     leak_similarity: float = Field(
-        0.985, gt=0, le=1, description="cosine of centred inputs from which a pool row counts as a copy of an evaluation row"
+        0.985,
+        gt=0,
+        le=1,
+        description="cosine of centred inputs from which a pool row counts as a copy of an evaluation row",
     )
     max_quarantine: float = Field(
-        0.2, ge=0, le=1, description="share of an arrival's rows that may be quarantined before it is held back"
+        0.2,
+        ge=0,
+        le=1,
+        description="share of an arrival's rows that may be quarantined before it is held back",
     )
 
 
@@ -98,7 +106,9 @@ class Finetune(_Spec):
 class GradientSpec(_Spec):
     """How per-example gradients are taken."""
 
-    block: int = Field(64, ge=1, description="examples a backward pass; halved when memory runs out")
+    block: int = Field(
+        64, ge=1, description="examples a backward pass; halved when memory runs out"
+    )
     keep_raw_bytes: int = Field(
         0, ge=0, description="keep an arrival's raw gradients if they take at most this many bytes"
     )
@@ -128,7 +138,9 @@ class SpectrumSpec(_Spec):
     eigenvalues: int = Field(20, ge=2, description="how many to report, from both ends")
     iterations: int = Field(40, ge=4, description="Lanczos steps")
     tolerance: float = Field(
-        0.25, gt=0, description="relative error of the smallest outlier eigenvalue that the advised dimension allows"
+        0.25,
+        gt=0,
+        description="relative error of the smallest outlier eigenvalue that the advised dimension allows",
     )
 
 
@@ -148,18 +160,23 @@ class Skmm(_Spec):
     """Sketchy Moment Matching (arXiv:2407.06120)."""
 
     c: float = Field(0.999, gt=0, description="c_S of the moment condition; below 1")
-    tol: float = Field(1e-4, gt=0, description="duality gap to stop at, relative to a uniform draw's objective")
+    tol: float = Field(
+        1e-4, gt=0, description="duality gap to stop at, relative to a uniform draw's objective"
+    )
 
 
 class Bads(_Spec):
     """Bayesian data point selection (arXiv:2411.03768)."""
 
-    beta: float = Field(0.5, gt=0, lt=1, description="believed useful fraction of the pool, never the budget")
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="believed useful fraction of the pool, never the budget"
+    )
     sigma: float = Field(0.05, gt=0, description="tolerance of the prior on the mean weight")
     steps: int = Field(1000, ge=10, description="steps of the chain")
     batch_size: int = Field(100, ge=1, description="pool examples a step")
     pick: Literal["sample", "top"] = Field(
-        "sample", description="sample: without replacement, in proportion to the mean weight; top: the largest"
+        "sample",
+        description="sample: without replacement, in proportion to the mean weight; top: the largest",
     )
 
 
@@ -167,7 +184,9 @@ class Itl(_Spec):
     """Information-based transductive learning (arXiv:2402.15898)."""
 
     form: Literal["paper", "library"] = Field("paper", description="noise inside the ratio, or not")
-    noise: float | None = Field(None, gt=0, description="observation variance; none: the mean squared norm")
+    noise: float | None = Field(
+        None, gt=0, description="observation variance; none: the mean squared norm"
+    )
 
 
 class Strategies(_Spec):
@@ -191,7 +210,9 @@ class Promote(_Spec):
 
     against: Literal["random"] = Field("random", description="the strategy to beat")
     budget: int = Field(description="the budget at which strategies are judged")
-    metric: Literal["accuracy"] = Field("accuracy", description="per-example score that is compared")
+    metric: Literal["accuracy"] = Field(
+        "accuracy", description="per-example score that is compared"
+    )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the intervals and tests")
 
 
@@ -200,7 +221,9 @@ class Task(_Spec):
 
     name: str
     pool: PoolSpec
-    target: Source | None = Field(None, description="small, clean, of the task that matters; strategies read it")
+    target: Source | None = Field(
+        None, description="small, clean, of the task that matters; strategies read it"
+    )
     validation: Source = Field(description="promotion and every choice of a setting read this")
     test: Source = Field(description="only reported")
     model: ModelSpec
@@ -213,7 +236,9 @@ class Task(_Spec):
         min_length=1, description="how many examples to choose, ascending"
     )
     seeds: int = Field(5, ge=2, description="paired seeds a budget; an interval needs at least 2")
-    schedule: str | None = Field(None, description="cron line for a re-selection beside the arrivals")
+    schedule: str | None = Field(
+        None, description="cron line for a re-selection beside the arrivals"
+    )
     promote: Promote
 
     @model_validator(mode="after")
@@ -262,12 +287,26 @@ def load_tasks(folder: str | Path) -> list[Task]:
     return [load_task(path) for path in sorted(Path(folder).glob("*.yaml"))]
 
 
+def shortened(task: Task) -> Task:
+    """The same task with two seeds, two budgets and little training: it runs, it concludes nothing."""
+    budgets = sorted({task.budgets[0], task.promote.budget})
+    strategies = task.strategies
+    if strategies.bads is not None:
+        bads = strategies.bads.model_copy(update={"steps": 100})
+        strategies = strategies.model_copy(update={"bads": bads})
+    finetune = task.finetune.model_copy(update={"steps": 40})
+    return task.model_copy(
+        update={"budgets": budgets, "seeds": 2, "finetune": finetune, "strategies": strategies}
+    )
+
+
 def warn_about_budgets(task: Task, rows: int) -> None:
     """A budget that the pool can't fill is clamped when selecting; say so once the pool is known."""
     for budget in task.budgets:
         if budget >= rows:
             warnings.warn(
-                f"{task.name}: budgets: {budget} takes all {rows} examples of the pool", stacklevel=2
+                f"{task.name}: budgets: {budget} takes all {rows} examples of the pool",
+                stacklevel=2,
             )
 
 

@@ -140,9 +140,7 @@ def _of_digit(
     return rows[(labels[rows] == digit) & ~np.isin(rows, used)]
 
 
-def _split_rows(
-    labels: NDArray[np.int64], rows: NDArray[np.int64]
-) -> dict[str, NDArray[np.int64]]:
+def _split_rows(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
     splits: dict[str, NDArray[np.int64]] = {}
     used = np.array([], dtype=np.int64)
     for name, (confusable, rare) in SPLITS.items():

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from dsel_assets.data.cells import (
     Column,
@@ -62,7 +61,9 @@ class Contract:
             raise ValueError(f"shape is {self.shape}; give one length or more, each at least 1")
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes are {self.classes}; give one name or more, each once")
-        if len(set(self.declared)) < len(self.declared) or {DIGEST_COLUMN, ROW_COLUMN} & set(self.columns):
+        if len(set(self.declared)) < len(self.declared) or {DIGEST_COLUMN, ROW_COLUMN} & set(
+            self.columns
+        ):
             raise ValueError(
                 f"columns are {self.declared}; name each once, and none "
                 f"{DIGEST_COLUMN!r} or {ROW_COLUMN!r}"

@@ -37,7 +37,9 @@ def train(
     when there is nothing to train on.
     """
     if len(inputs) == 0:
-        raise ValueError("nothing to train on: the subset is empty and finetune.include_target is off")
+        raise ValueError(
+            "nothing to train on: the subset is empty and finetune.include_target is off"
+        )
     chosen = set(trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)

@@ -41,7 +41,9 @@ def gradient_blocks(
     the block is halved and goes on from the same example, down to one.
     """
     model.eval()
-    frozen = {name: p.detach() for name, p in model.named_parameters() if name not in set(trainable)}
+    frozen = {
+        name: p.detach() for name, p in model.named_parameters() if name not in set(trainable)
+    }
     frozen |= dict(model.named_buffers())
     trained = {name: model.get_parameter(name).detach() for name in trainable}
 

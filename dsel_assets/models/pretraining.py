@@ -10,7 +10,9 @@ from dsel_assets.finetuning import train
 from dsel_assets.models.vision import ARCHITECTURES
 
 
-def pretrain(name: str, shape: tuple[int, ...], classes: int, *, seed: int = 0) -> dict[str, Tensor]:
+def pretrain(
+    name: str, shape: tuple[int, ...], classes: int, *, seed: int = 0
+) -> dict[str, Tensor]:
     """Weights of an architecture trained for 1,000 steps on shifted copies of the 1,797 UCI digits."""
     if tuple(shape) != (28, 28) or classes != 10:
         raise ValueError("model.base: bundled:digits is for [28, 28] inputs and 10 classes")

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-HEADER = 256  # bytes, padded with spaces as the format allows; the row count is known only at the end
+HEADER = (
+    256  # bytes, padded with spaces as the format allows; the row count is known only at the end
+)
 NAME = "rows"
 
 

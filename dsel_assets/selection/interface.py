@@ -130,7 +130,9 @@ class Selector(ABC):
         self._check(pool, target, constraints)
         size = self.size(limit, len(pool))
         if size == len(pool) < limit:
-            warnings.warn(f"{self.name}: a budget of {limit} takes all {size} examples", stacklevel=2)
+            warnings.warn(
+                f"{self.name}: a budget of {limit} takes all {size} examples", stacklevel=2
+            )
         first = np.flatnonzero(np.isin(pool.ids, sorted(constraints.required)))[:size]
         rest = np.setdiff1d(np.arange(len(pool)), first)
         n = size - len(first)
@@ -142,7 +144,9 @@ class Selector(ABC):
             choice = self.choose(pool.take(rest), target, n, seed=seed, warm=warm)
         rows = np.concatenate([first, rest[choice.rows]])
         if len(np.unique(rows)) != n + len(first):
-            raise AssertionError(f"{self.name} chose {len(rows)} rows that are not {n} distinct ones")
+            raise AssertionError(
+                f"{self.name} chose {len(rows)} rows that are not {n} distinct ones"
+            )
         scores = {name: _after(len(first), column) for name, column in choice.scores.items()}
         return Selection(
             ids=pool.ids[rows],
@@ -188,6 +192,7 @@ def _after(first: int, column: NDArray) -> NDArray:
     """The column with room before it for the required rows, which have no score."""
     if first == 0:
         return column
-    empty = np.full(first, np.nan if column.dtype.kind == "f" else ("" if column.dtype.kind == "U" else -1))
+    empty = np.full(
+        first, np.nan if column.dtype.kind == "f" else ("" if column.dtype.kind == "U" else -1)
+    )
     return np.concatenate([empty.astype(column.dtype), column])
-

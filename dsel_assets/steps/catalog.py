@@ -15,7 +15,7 @@ from dsel_assets.steps.arrivals import arrival, arrivals
 from dsel_assets.steps.cells import Cell, cells
 from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.metrics import SPLITS
-from dsel_assets.steps.pool import held_back, ingest
+from dsel_assets.steps.pool import held_back, pool_fields
 from dsel_assets.steps.workspace import Workspace
 
 SCORES = ("accuracy", "macro_f1", "loss", "calibration_error")
@@ -32,7 +32,11 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
     folder = ws.home / "catalog" / ws.task.name / f"{generation.number:05d}"
     folder.mkdir(parents=True, exist_ok=True)
     every = list(cells(ws, generation))
-    pools = {known.key: ingest(ws, known.key) for known in arrivals(ws)}
+    found = {
+        known.key: ws.store.find(ws.task.name, "pool", pool_fields(ws, known))
+        for known in arrivals(ws)
+    }
+    pools = {key: pool for key, pool in found.items() if pool is not None}
     own = {
         "arrivals": [_arrival_row(ws, key, pool) for key, pool in pools.items()],
         "generations": [

@@ -76,3 +76,15 @@ def cells(ws: Workspace, generation: Generation, strategy: str | None = None) ->
                 }
                 metric = {"checkpoint": identity(checkpoint), "on": evaluation, "version": 1}
                 yield Cell(name, budget, seed, selection, checkpoint, metric)
+
+
+def missing_strategies(ws: Workspace, generation: Generation) -> dict[str, str]:
+    """Strategies with a metric that is not there yet, and the identity of all that each should have."""
+    wanted: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells(ws, generation):
+        wanted.setdefault(cell.strategy, []).append(cell.metric)
+    return {
+        strategy: identity({"metrics": metrics})
+        for strategy, metrics in wanted.items()
+        if ws.store.missing(ws.task.name, "metrics", metrics)
+    }

@@ -31,9 +31,13 @@ def finetune(ws: Workspace, generation: Generation, strategy: str) -> list[Entry
 
 def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
     pool = load_pool(ws, generation)[0]
-    subset = pq.read_table(ws.store.get(ws.task.name, "subsets", cell.selection).file("rows.parquet"))
+    subset = pq.read_table(
+        ws.store.get(ws.task.name, "subsets", cell.selection).file("rows.parquet")
+    )
     place = {example_id: row for row, example_id in enumerate(pool.ids)}
-    chosen = pool.take(np.array([place[i] for i in subset["example_id"].to_pylist()], dtype=np.int64))
+    chosen = pool.take(
+        np.array([place[i] for i in subset["example_id"].to_pylist()], dtype=np.int64)
+    )
     inputs, labels, weights = [chosen.inputs], [chosen.labels], [subset["weight"].to_numpy()]
     if ws.task.finetune.include_target:
         target = load_examples(evaluation_set(ws, "target"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -12,8 +13,8 @@ from filelock import FileLock
 from dsel_assets.data import DIGEST_COLUMN, Examples, merge
 from dsel_assets.resources.store import Entry, StoreError, identity, write_json
 from dsel_assets.steps.arrivals import arrivals
-from dsel_assets.steps.pool import evaluation_set, held_back, ingest
-from dsel_assets.steps.sketches import load_sketched, sketch, sketch_space
+from dsel_assets.steps.pool import evaluation_set, held_back, pool_fields
+from dsel_assets.steps.sketches import find_sketched, load_sketched, sketch, sketch_space
 from dsel_assets.steps.workspace import Workspace
 
 
@@ -38,10 +39,10 @@ class Generation:
 
 def current_generation(ws: Workspace) -> Generation:
     """The generation of every arrival that is sketched and not held back; entered when it is new."""
-    members = tuple(_members(ws))
-    if not members:
+    found = tuple(_members(ws))
+    if not found:
         raise StoreError(f"{ws.task.name}: no arrival is sketched yet; run the ingest job first")
-    fields = {"members": [asdict(member) for member in members], "space": sketch_space(ws)}
+    fields = {"members": [asdict(member) for member in found], "space": sketch_space(ws)}
     folder = ws.store.folder(ws.task.name, "generations")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{identity(fields)}.json"
@@ -49,19 +50,19 @@ def current_generation(ws: Workspace) -> Generation:
         if not path.exists():
             number = 1 + len(list(folder.glob("*.json")))
             write_json(path, {"number": number, **fields})
-    return Generation(json.loads(path.read_text())["number"], path.stem, members)
+    return Generation(json.loads(path.read_text())["number"], path.stem, found)
 
 
 def _members(ws: Workspace) -> list[Member]:
     found = []
     for known in arrivals(ws):
-        pool = ingest(ws, known.key)
-        if pool.manifest["rows"] == 0 or held_back(ws, pool):
+        pool = ws.store.find(ws.task.name, "pool", pool_fields(ws, known))
+        if pool is None or pool.manifest["rows"] == 0 or held_back(ws, pool):
             continue
-        made = sketch(ws, pool)
-        found.append(
-            Member(known.key, pool.identity, made.gradients.identity, made.sketches.identity)
-        )
+        if made := find_sketched(ws, pool):
+            found.append(
+                Member(known.key, pool.identity, made.gradients.identity, made.sketches.identity)
+            )
     return found
 
 
@@ -81,6 +82,16 @@ def load_target(ws: Workspace) -> Examples | None:
     return load_sketched(ws, sketch(ws, target).sketches, target)
 
 
+def members(ws: Workspace, generation: Generation) -> Iterator[tuple[Entry, Entry, Entry]]:
+    """Pool, gradients and sketches of each arrival, as artifacts."""
+    for member in generation.members:
+        yield (
+            _entry(ws, "pool", member.pool),
+            _entry(ws, "gradients", member.gradients),
+            _entry(ws, "sketches", member.sketches),
+        )
+
+
 @dataclass(frozen=True)
 class _Key:
     ws: Workspace
@@ -95,11 +106,12 @@ class _Key:
 
 @lru_cache(maxsize=1)
 def _load_pool(key: _Key) -> tuple[Examples, pa.Table, pa.Table]:
-    parts = []
-    for member in key.generation.members:
-        pool = _entry(key.ws, "pool", member.pool)
-        sketches = _entry(key.ws, "sketches", member.sketches)
-        parts.append((member.arrival, load_sketched(key.ws, sketches, pool)))
+    parts = [
+        (member.arrival, load_sketched(key.ws, sketches, pool))
+        for member, (pool, _, sketches) in zip(
+            key.generation.members, members(key.ws, key.generation), strict=True
+        )
+    ]
     examples, duplicates, conflicts = merge(parts)
     examples.columns.pop(DIGEST_COLUMN, None)
     return examples, duplicates, conflicts

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsel_assets.models import Builder, builder, load_weights, pretrain, save_weights, trainable_names
+from dsel_assets.models import (
+    Builder,
+    builder,
+    load_weights,
+    pretrain,
+    save_weights,
+    trainable_names,
+)
 from dsel_assets.resources.store import Entry
 from dsel_assets.steps.pool import digest_of
 from dsel_assets.steps.workspace import BUNDLED, Workspace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from dsel_assets.data import (
     validate,
 )
 from dsel_assets.resources.store import Draft, Entry
-from dsel_assets.steps.arrivals import arrival
+from dsel_assets.steps.arrivals import Arrival, arrival
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import TaskError
 
@@ -83,17 +84,10 @@ def ingest(ws: Workspace, key: str) -> Entry:
     leaks. An unreadable file gives no rows and one line of quarantine.
     """
     known = arrival(ws, key)
-    evaluation = {split: evaluation_set(ws, split) for split in ws.splits}
-    fields = {
-        "arrival": key,
-        "file": known.digest,
-        "contract": ws.task.pool.columns.model_dump(mode="json"),
-        "evaluation": {split: entry.identity for split, entry in evaluation.items()},
-        "leak_similarity": ws.task.pool.leak_similarity,
-        "version": VERSION,
-    }
+    fields = pool_fields(ws, known)
     if entry := ws.store.find(ws.task.name, "pool", fields):
         return entry
+    evaluation = {split: evaluation_set(ws, split) for split in ws.splits}
     try:
         if digest_of(known.path) != known.digest:
             raise UnreadableFileError(known.path, "it changed after it was registered")
@@ -119,6 +113,18 @@ def ingest(ws: Workspace, key: str) -> Entry:
             "sources": _counts(examples.groups.tolist()),
         }
     return draft.done
+
+
+def pool_fields(ws: Workspace, known: Arrival) -> dict[str, Any]:
+    """What an arrival's examples are made of."""
+    return {
+        "arrival": known.key,
+        "file": known.digest,
+        "contract": ws.task.pool.columns.model_dump(mode="json"),
+        "evaluation": {split: evaluation_set(ws, split).identity for split in ws.splits},
+        "leak_similarity": ws.task.pool.leak_similarity,
+        "version": VERSION,
+    }
 
 
 def held_back(ws: Workspace, entry: Entry) -> str | None:

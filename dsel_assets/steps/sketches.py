@@ -58,28 +58,44 @@ def sketch(ws: Workspace, examples: Entry) -> Sketched:
     or poison every score. Asked for sketches where only the gradients are left, it reads the raw
     rows if they were kept, else it repeats the pass.
     """
+    if there := find_sketched(ws, examples):
+        return there
     task, store = ws.task.name, ws.store
-    fields = {"examples": examples.identity, "space": gradient_space(ws), "version": 1}
-    sketch_fields = {"examples": examples.identity, "space": sketch_space(ws), "version": 1}
+    fields, sketch_fields = _fields(ws, examples)
     gradients = store.find(task, "gradients", fields)
     sketches = store.find(task, "sketches", sketch_fields)
-    if gradients and sketches:
-        return Sketched(gradients, sketches, "store")
     known = load_examples(examples)
     source = "backward pass"
     if gradients and RAW in gradients.manifest["files"]:
         blocks, source = _raw_blocks(ws, gradients), "kept raw rows"
-        known = known.take(np.isin(known.ids, pq.read_table(gradients.file("rows.parquet"))["example_id"]))
+        known = known.take(
+            np.isin(known.ids, pq.read_table(gradients.file("rows.parquet"))["example_id"])
+        )
     else:
         blocks = _pass(ws, known)
     with ExitStack() as stack:
         rows = None if gradients else stack.enter_context(store.write(task, "gradients", fields))
-        draft = None if sketches else stack.enter_context(store.write(task, "sketches", sketch_fields))
+        draft = (
+            None if sketches else stack.enter_context(store.write(task, "sketches", sketch_fields))
+        )
         _stream(ws, known, blocks, rows, draft)
     made_gradients = gradients or (rows.done if rows else None)
     made_sketches = sketches or (draft.done if draft else None)
     assert made_gradients is not None and made_sketches is not None
     return Sketched(made_gradients, made_sketches, source)
+
+
+def find_sketched(ws: Workspace, examples: Entry) -> Sketched | None:
+    """Both outputs, if both are there."""
+    fields, sketch_fields = _fields(ws, examples)
+    gradients = ws.store.find(ws.task.name, "gradients", fields)
+    sketches = ws.store.find(ws.task.name, "sketches", sketch_fields)
+    return Sketched(gradients, sketches, "store") if gradients and sketches else None
+
+
+def _fields(ws: Workspace, examples: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    made_of = {"examples": examples.identity, "version": 1}
+    return made_of | {"space": gradient_space(ws)}, made_of | {"space": sketch_space(ws)}
 
 
 def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
@@ -115,9 +131,7 @@ def _stream(
         if draft is not None:
             spec = ws.task.sketch
             operator = ModelSketch(shapes, spec.kind, sketch_dimension(ws), spec.seed)
-            sketches = stack.enter_context(
-                RowWriter(draft.path / SKETCHES, sketch_dimension(ws))
-            )
+            sketches = stack.enter_context(RowWriter(draft.path / SKETCHES, sketch_dimension(ws)))
         bar = stack.enter_context(tqdm(total=len(known), desc="gradients", unit="ex", leave=False))
         for block in blocks:
             losses[block.rows], norms[block.rows] = block.losses, block.norms

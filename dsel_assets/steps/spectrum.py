@@ -23,6 +23,7 @@ from dsel_assets.steps.model import base_builder, base_model, trainable_shapes
 from dsel_assets.steps.pool import held_back, ingest, load_examples
 from dsel_assets.steps.workspace import Workspace
 
+SPECTRUM = "spectrum.json"
 DIMENSIONS = [2**i for i in range(6, 15)]
 
 
@@ -77,7 +78,7 @@ def hessian_spectrum(ws: Workspace) -> Entry:
                 "relative_error": predicted_error(found, DIMENSIONS).tolist(),
             },
         }
-        (draft.path / "spectrum.json").write_text(json.dumps(content))
+        (draft.path / SPECTRUM).write_text(json.dumps(content))
         draft.rows = len(found.eigenvalues)
         draft.summary = {
             "examples": len(examples),

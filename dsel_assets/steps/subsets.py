@@ -62,3 +62,10 @@ def _table(ws: Workspace, name: str, selection: Selection) -> pa.Table:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
+
+
+def chosen_ids(entry: Entry) -> list[str]:
+    """The ids of a selection, in the order of choice."""
+    return pq.read_table(entry.file("rows.parquet"), columns=["example_id"])[
+        "example_id"
+    ].to_pylist()

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dsel_assets.evaluation import holm, paired_difference, verdict
-from dsel_assets.resources.store import Entry, Store, write_json
+from dsel_assets.resources.store import Entry, Store, identity, write_json
 from dsel_assets.steps.cells import Cell, cells
 from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.metrics import SPLITS
 from dsel_assets.steps.workspace import Workspace
+
 
 def compare(ws: Workspace, generation: Generation) -> Entry:
     """The table `comparisons`: differences to random with their intervals, and the verdicts.
@@ -25,12 +26,7 @@ def compare(ws: Workspace, generation: Generation) -> Entry:
     promoted budget; at other budgets the intervals and p values stand as they are, descriptive.
     """
     every = list(cells(ws, generation))
-    fields = {
-        "generation": generation.identity,
-        "cells": [cell.identities for cell in every],
-        "promote": ws.task.promote.model_dump(),
-        "version": 1,
-    }
+    fields = _fields(ws, generation)
     if entry := ws.store.find(ws.task.name, "verdict", fields):
         return entry
     with ws.store.write(ws.task.name, "verdict", fields) as draft:
@@ -46,6 +42,25 @@ def compare(ws: Workspace, generation: Generation) -> Entry:
             },
         }
     return draft.done
+
+
+def find_verdict(ws: Workspace, generation: Generation) -> Entry | None:
+    """The comparison of this generation, if it was made."""
+    return ws.store.find(ws.task.name, "verdict", _fields(ws, generation))
+
+
+def verdict_identity(ws: Workspace, generation: Generation) -> str:
+    """The identity that the comparison of this generation has or will have."""
+    return identity(_fields(ws, generation))
+
+
+def _fields(ws: Workspace, generation: Generation) -> dict[str, Any]:
+    return {
+        "generation": generation.identity,
+        "cells": [cell.identities for cell in cells(ws, generation)],
+        "promote": ws.task.promote.model_dump(),
+        "version": 1,
+    }
 
 
 def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, Any] | None:

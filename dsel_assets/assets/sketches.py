@@ -1,0 +1,56 @@
+"""Gradients and sketches: two outputs of one backward pass an example."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from dsel_assets.assets.declare import Home, arrival_partitions, key, result
+from dsel_assets.steps.workspace import Workspace
+from dsel_assets.task import Task
+
+
+def sketches(task: Task) -> dg.AssetsDefinition:
+    """Declare `gradients` and `sketches`, partitioned by arrival; either may be asked for alone."""
+    deps = [key(task, "pool"), key(task, "base_model")]
+    spec = task.sketch
+    of_operator = [*deps, key(task, "hessian_spectrum")] if spec.dim == "auto" else deps
+
+    @dg.multi_asset(
+        name=f"{task.name}_gradients_and_sketches",
+        specs=[
+            dg.AssetSpec(
+                key(task, "gradients"),
+                deps=deps,
+                group_name="gradients",
+                kinds={"pytorch", "parquet"},
+                skippable=True,
+                description="Loss and gradient norm of each example at the base checkpoint; raw "
+                "gradients only below gradients.keep_raw_bytes. Zero or non-finite gradients are "
+                "in quarantine.",
+            ),
+            dg.AssetSpec(
+                key(task, "sketches"),
+                deps=of_operator,
+                group_name="gradients",
+                kinds={"pytorch"},
+                skippable=True,
+                description=f"Each gradient through one fixed linear operator: {spec.kind} into "
+                f"{spec.dim} dimensions, seed {spec.seed}. Only new arrivals are sketched.",
+            ),
+        ],
+        partitions_def=arrival_partitions(task),
+        can_subset=True,
+    )
+    def gradients_and_sketches(
+        context: dg.AssetExecutionContext, home: Home
+    ) -> Iterator[dg.MaterializeResult]:
+        from dsel_assets.steps.pool import ingest
+        from dsel_assets.steps.sketches import sketch
+
+        ws = Workspace(task, home)
+        made = sketch(ws, ingest(ws, context.partition_key))
+        for name, entry in (("gradients", made.gradients), ("sketches", made.sketches)):
+            if key(task, name) in context.selected_asset_keys:
+                yield result(task, name, entry, {"source": made.source, **entry.summary})
+
+    return gradients_and_sketches

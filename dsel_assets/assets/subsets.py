@@ -1,0 +1,80 @@
+"""What each strategy chooses."""
+
+from collections import Counter
+from statistics import fmean
+from typing import Any
+
+import dagster as dg
+
+from dsel_assets.assets.declare import (
+    Home,
+    all_of,
+    key,
+    picture,
+    result,
+    strategy_partitions,
+    table,
+)
+from dsel_assets.steps.workspace import Workspace
+from dsel_assets.task import Task
+
+
+def subsets(task: Task) -> dg.AssetsDefinition:
+    """Declare the task's `subsets` asset, partitioned by strategy."""
+
+    @dg.asset(
+        key=key(task, "subsets"),
+        deps=[all_of(task, "sketches"), key(task, "target"), key(task, "base_model")],
+        partitions_def=strategy_partitions(task),
+        group_name="selection",
+        kinds={"pytorch", "parquet"},
+        description=f"The examples that a strategy chooses at budgets {task.budgets} with "
+        f"{task.seeds} seeds, in order, with the scores that say why.",
+    )
+    def subsets(context: dg.AssetExecutionContext, home: Home) -> dg.MaterializeResult:
+        from dsel_assets.evaluation.plots import composition
+        from dsel_assets.steps.cells import cells
+        from dsel_assets.steps.generation import current_generation, load_pool
+        from dsel_assets.steps.subsets import chosen_ids, select
+
+        ws, strategy = Workspace(task, home), context.partition_key
+        generation = current_generation(ws)
+        entries = select(ws, generation, strategy)
+        pool, duplicates, conflicts = load_pool(ws, generation)
+        classes = dict(
+            zip(pool.ids, (task.pool.columns.classes[i] for i in pool.labels), strict=True)
+        )
+        sources = dict(zip(pool.ids, pool.groups, strict=True))
+        by_budget: dict[str, Counter[str]] = {}
+        by_source: dict[str, Counter[str]] = {}
+        numbers: dict[int, list[dict[str, Any]]] = {}
+        for cell, entry in zip(cells(ws, generation, strategy), entries, strict=True):
+            ids = chosen_ids(entry)
+            by_budget.setdefault(str(cell.budget), Counter()).update(classes[i] for i in ids)
+            by_source.setdefault(str(cell.budget), Counter()).update(sources[i] for i in ids)
+            numbers.setdefault(cell.budget, []).append(dict(entry.summary))
+        return result(
+            task,
+            "subsets",
+            entries,
+            {
+                "generation": generation.number,
+                "pool": len(pool),
+                "duplicates_across_arrivals": len(duplicates),
+                "conflicts_across_arrivals": len(conflicts),
+                "classes_chosen": picture(
+                    composition(by_budget, Counter(classes.values()), "class")
+                ),
+                "sources_chosen": picture(
+                    composition(by_source, Counter(sources.values()), "source")
+                ),
+                "diagnostics": table([_mean(budget, rows) for budget, rows in numbers.items()]),
+            },
+        )
+
+    return subsets
+
+
+def _mean(budget: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over the seeds of every number that the strategy reports."""
+    return {"budget": budget} | {name: fmean(row[name] for row in rows) for name in rows[0]}

@@ -1,0 +1,180 @@
+"""When work happens: jobs, the arrival sensor, what follows it, and the schedule."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from dsel_assets.assets.declare import Home, arrival_partitions, key
+from dsel_assets.steps.arrivals import arrivals, landed, register
+from dsel_assets.steps.workspace import Workspace
+from dsel_assets.task import Task
+
+INGEST = ("target", "base_model", "pool", "gradients", "sketches", "hessian_spectrum")
+SELECT = ("subsets", "checkpoints", "metrics")
+NOT_FINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+]
+
+Job = Any  # what `define_asset_job` returns; dagster does not export the type
+Requests = Callable[[Task, Path], Iterator[dg.RunRequest | dg.SkipReason]]
+
+
+def jobs(task: Task, models: list[str]) -> dict[str, Job]:
+    """`ingest` by arrival, `select` by strategy, `compare`: their partitions can't be in one job."""
+
+    def assets(*names: str) -> dg.AssetSelection:
+        return dg.AssetSelection.assets(*(key(task, name) for name in names))
+
+    def check(asset: str, name: str) -> dg.AssetSelection:
+        return dg.AssetSelection.checks(dg.AssetCheckKey(key(task, asset), name))
+
+    fit, complete = check("sketches", "fit"), check("metrics", "complete")
+    said = {
+        "ingest": "An arrival: validate it, differentiate it, sketch it. Nothing else is touched.",
+        "select": "A strategy: choose, finetune, evaluate, at every budget with every seed.",
+        "compare": "All strategies: verdict, champion, SQL models.",
+    }
+    chosen = {
+        "ingest": assets(*INGEST) - fit,
+        "select": (assets(*SELECT) | fit) - complete,
+        "compare": assets("verdict", *models) | complete,
+    }
+    return {
+        name: dg.define_asset_job(f"{task.name}_{name}", chosen[name], description=text)
+        for name, text in said.items()
+    }
+
+
+def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
+    """Watches the landing folder; a file whose size and time stood still for a tick is an arrival."""
+
+    @dg.sensor(
+        name=f"{task.name}_arrivals",
+        job=ingest,
+        minimum_interval_seconds=10,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=f"New files in {task.pool.landing} become partitions and are ingested.",
+    )
+    def arrival_sensor(context: dg.SensorEvaluationContext, home: Home) -> dg.SensorResult:
+        ws = Workspace(task, home)
+        ws.prepare()
+        before = json.loads(context.cursor or '{"seen": {}, "still": {}, "asked": []}')
+        seen = {file.path: [file.size, file.modified] for file in landed(ws)}
+        still = {path: state for path, state in seen.items() if before["seen"].get(path) == state}
+        for file in landed(ws):
+            if file.path in still and before["still"].get(file.path) != still[file.path]:
+                try:
+                    entered = register(ws, file)
+                except OSError as error:  # it went away; the next tick looks again
+                    context.log.warning(f"{file.path}: {error}")
+                    del still[file.path]
+                else:
+                    context.log.info(f"{file.path}: {entered.key if entered else 'known content'}")
+        done = context.instance.get_materialized_partitions(key(task, "sketches"))
+        waiting = [a for a in arrivals(ws) if a.key not in done and a.key not in before["asked"]]
+        cursor = {"seen": seen, "still": still, "asked": before["asked"] + [a.key for a in waiting]}
+        return dg.SensorResult(
+            run_requests=[
+                dg.RunRequest(partition_key=a.key, run_key=f"{a.key}-{a.digest}") for a in waiting
+            ],
+            dynamic_partitions_requests=[
+                arrival_partitions(task).build_add_request([a.key for a in waiting])
+            ],
+            cursor=json.dumps(cursor),
+        )
+
+    return arrival_sensor
+
+
+def follow_sensor(task: Task, after: Job, wanted: Job, requests: Requests) -> dg.SensorDefinition:
+    """When the last waiting run of one job has succeeded, ask for what is now missing of the next."""
+
+    @dg.run_status_sensor(
+        name=f"{wanted.name}_after_{after.name.rpartition('_')[2]}",
+        run_status=dg.DagsterRunStatus.SUCCESS,
+        monitored_jobs=[after],
+        request_job=wanted,
+        minimum_interval_seconds=10,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=f"When {after.name} succeeds and no run of it waits, runs {wanted.name}.",
+    )
+    def follow_sensor(
+        context: dg.RunStatusSensorContext, home: Home
+    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        unfinished = dg.RunsFilter(job_name=after.name, statuses=NOT_FINISHED)
+        if context.instance.get_runs_count(unfinished):
+            yield dg.SkipReason(f"other runs of {after.name} are not done yet")
+        else:
+            yield from requests(task, home)
+
+    return follow_sensor
+
+
+def requests_to_select(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """A run for each strategy that has a cell to make in the current generation."""
+    from dsel_assets.steps.cells import missing_strategies
+    from dsel_assets.steps.generation import current_generation
+
+    ws = Workspace(task, home)
+    generation = current_generation(ws)
+    missing = missing_strategies(ws, generation)
+    for strategy, identity in missing.items():
+        yield dg.RunRequest(
+            run_key=f"{strategy}-{identity}",
+            partition_key=strategy,
+        )
+    if not missing:
+        yield dg.SkipReason(f"nothing changed: generation {generation.number} is complete")
+
+
+def requests_to_compare(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """A run of the comparison once no strategy has a cell left to make."""
+    from dsel_assets.steps.cells import missing_strategies
+    from dsel_assets.steps.generation import current_generation
+    from dsel_assets.steps.verdict import verdict_identity
+
+    ws = Workspace(task, home)
+    generation = current_generation(ws)
+    missing = missing_strategies(ws, generation)
+    if missing:
+        yield dg.SkipReason(f"waiting for {', '.join(missing)}")
+    else:
+        yield dg.RunRequest(run_key=verdict_identity(ws, generation))
+
+
+def reselection_schedule(task: Task, select: Job) -> dg.ScheduleDefinition:
+    """The task's schedule: select again, where anything changed."""
+    assert task.schedule is not None
+
+    @dg.schedule(
+        name=f"{task.name}_reselect",
+        job=select,
+        cron_schedule=task.schedule,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Selects again for whatever changed since; says so when nothing did.",
+    )
+    def reselection_schedule(
+        context: dg.ScheduleEvaluationContext, home: Home
+    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        yield from requests_to_select(task, home)
+
+    return reselection_schedule
+
+
+def automation(
+    task: Task, by_name: dict[str, Job]
+) -> tuple[list[dg.SensorDefinition], list[dg.ScheduleDefinition]]:
+    """Sensors and schedules of a task, all running from the start."""
+    ingest, select, compare = (by_name[name] for name in ("ingest", "select", "compare"))
+    sensors = [
+        arrival_sensor(task, ingest),
+        follow_sensor(task, ingest, select, requests_to_select),
+        follow_sensor(task, select, compare, requests_to_compare),
+    ]
+    return sensors, [reselection_schedule(task, select)] if task.schedule else []

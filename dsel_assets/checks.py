@@ -1,0 +1,123 @@
+"""Asset checks: what must hold before a selection is made, and before a verdict is given.
+
+Checks about one arrival or one table stand with the asset that makes it; these look across.
+"""
+
+import dagster as dg
+
+from dsel_assets.assets.declare import Home, key
+from dsel_assets.steps.workspace import Workspace
+from dsel_assets.task import Task
+
+
+def sketches_fit(task: Task) -> dg.AssetChecksDefinition:
+    """Blocking, before the subsets: every member of the generation is sketched, row by row."""
+
+    @dg.asset_check(
+        asset=key(task, "sketches"),
+        name="fit",
+        blocking=True,
+        description="Every example of the generation has a finite sketch of the task's space, or "
+        "stands in quarantine; no artifact is damaged.",
+    )
+    def fit(home: Home) -> dg.AssetCheckResult:
+        import numpy as np
+
+        from dsel_assets.steps.generation import current_generation, load_pool, members
+
+        ws = Workspace(task, home)
+        generation = current_generation(ws)
+        damaged, rows, quarantined = [], 0, 0
+        for pool, gradients, sketches in members(ws, generation):
+            damaged += [
+                str(entry.path / name)
+                for entry in (pool, gradients, sketches)
+                for name in entry.damaged()
+            ]
+            rows += pool.manifest["rows"]
+            quarantined += gradients.summary["quarantined"]
+        sketched, duplicates, conflicts = ([], [], []) if damaged else load_pool(ws, generation)
+        complete = rows == len(sketched) + len(duplicates) + len(conflicts) + quarantined
+        finite = not damaged and bool(np.isfinite(sketched.sketches).all())
+        return dg.AssetCheckResult(
+            passed=complete and finite and not damaged,
+            metadata={
+                "pool_rows": rows,
+                "sketched": len(sketched),
+                "quarantined": quarantined,
+                "duplicates": len(duplicates),
+                "conflicts": len(conflicts),
+                "damaged": ", ".join(damaged) or "none",
+            },
+        )
+
+    return fit
+
+
+def dimension_is_enough(task: Task) -> dg.AssetChecksDefinition:
+    """A warning when the spectrum advises a larger sketch than the task asks for."""
+
+    @dg.asset_check(
+        asset=key(task, "hessian_spectrum"),
+        name="dimension_is_enough",
+        description="The sketch dimension is at least what the spectrum advises. Changing it is an "
+        "explicit re-sketch: set sketch.dim and run the ingest job for every arrival.",
+    )
+    def dimension_is_enough(home: Home) -> dg.AssetCheckResult:
+        from dsel_assets.steps.sketches import sketch_dimension
+        from dsel_assets.steps.spectrum import hessian_spectrum
+
+        ws = Workspace(task, home)
+        advised = hessian_spectrum(ws).summary["advised_dimension"]
+        return dg.AssetCheckResult(
+            passed=sketch_dimension(ws) >= advised,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={"advised": advised, "used": sketch_dimension(ws)},
+        )
+
+    return dimension_is_enough
+
+
+def metrics_complete(task: Task) -> dg.AssetChecksDefinition:
+    """Blocking, before the verdict: every cell is there, on the same seeds and examples."""
+
+    @dg.asset_check(
+        asset=key(task, "metrics"),
+        name="complete",
+        blocking=True,
+        description="Every strategy has a finite score at every budget with every seed, so that the "
+        "comparison is paired; random and full are among them.",
+    )
+    def complete(home: Home) -> dg.AssetCheckResult:
+        import math
+
+        from dsel_assets.steps.cells import cells
+        from dsel_assets.steps.generation import current_generation
+
+        ws = Workspace(task, home)
+        every = list(cells(ws, current_generation(ws)))
+        missing, not_finite = [], []
+        for cell in every:
+            entry = ws.store.find(task.name, "metrics", cell.metric)
+            place = f"{cell.strategy} at {cell.budget}, seed {cell.seed}"
+            if entry is None:
+                missing.append(place)
+            elif not all(
+                math.isfinite(v) for split in entry.summary.values() for v in split.values()
+            ):
+                not_finite.append(place)
+        return dg.AssetCheckResult(
+            passed=not missing and not not_finite,
+            metadata={
+                "cells": len(every),
+                "missing": "; ".join(missing[:10]) or "none",
+                "not_finite": "; ".join(not_finite[:10]) or "none",
+            },
+        )
+
+    return complete
+
+
+def checks(task: Task) -> list[dg.AssetChecksDefinition]:
+    """All of them."""
+    return [sketches_fit(task), dimension_is_enough(task), metrics_complete(task)]

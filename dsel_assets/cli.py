@@ -1,0 +1,125 @@
+"""`dsel`: a thin face on the same functions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsel_assets.task import Task
+
+app = typer.Typer(
+    help="Decide which examples to finetune on, and see what it bought.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+LEADERBOARD = """
+    select budget, strategy, mean, diff, diff_low, diff_high, verdict, select_seconds,
+           train_seconds, seeds
+    from leaderboard where task = ?
+    qualify generation = max(generation) over ()
+    order by budget, mean desc
+"""
+TaskFile = Annotated[Path, typer.Argument(help="The task's YAML file.")]
+
+
+@app.callback()
+def main() -> None:
+    """Decide which examples to finetune on, and see what it bought."""
+
+
+@app.command()
+def init() -> None:
+    """Create the databases of Dagster, DuckDB and MLflow where they are not there yet."""
+    from dsel_assets.runner import dagster_instance, initialise
+
+    with dagster_instance() as instance:
+        initialise(instance)
+
+
+@app.command()
+def run(
+    task_file: TaskFile = Path("tasks/digits.yaml"),
+    quick: Annotated[
+        bool, typer.Option(help="2 seeds, short training: to see that it runs, not to conclude.")
+    ] = False,
+) -> None:
+    """Ingest what landed, select, finetune, compare; only what is missing is made."""
+    from dsel_assets.runner import dagster_instance, initialise
+    from dsel_assets.runner import run as run_task
+    from dsel_assets.task import TaskError, load_task, shortened
+
+    started = time.perf_counter()
+    try:
+        task = load_task(task_file)
+    except TaskError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if quick:
+        task = shortened(task)
+    with dagster_instance() as instance:
+        initialise(instance)
+        outcome = run_task(task, instance)
+    for arrival in outcome.held_back:
+        typer.echo(f"arrival {arrival} is held back; its checks in the UI say why")
+    if not outcome.runs:
+        typer.echo("nothing to do: every arrival, selection, checkpoint and verdict is there")
+    show_leaderboard(task)
+    typer.echo(f"{time.perf_counter() - started:.1f} s")
+
+
+def show_leaderboard(task: Task) -> None:
+    """Print the latest generation's leaderboard and what became of the champion."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dsel_assets.resources.warehouse import Warehouse
+    from dsel_assets.steps.verdict import champion
+    from dsel_assets.steps.workspace import Workspace, home
+
+    with Warehouse(home() / "warehouse.duckdb").connect(read_only=True) as warehouse:
+        rows = warehouse.execute(LEADERBOARD, [task.name]).fetchall()
+    rule = task.promote
+    table = Table(
+        title=f"{task.name}: accuracy on test, {rows[0][-1]} seeds, {rule.confidence:.0%} intervals"
+    )
+    for name in ("budget", "strategy", "accuracy", "vs random", "interval", "verdict"):
+        table.add_column(name, justify="left" if name in ("strategy", "verdict") else "right")
+    table.add_column("select s", justify="right")
+    table.add_column("train s", justify="right")
+    before = None
+    for budget, strategy, mean, diff, low, high, verdict, select, train, _ in rows:
+        if before not in (None, budget):
+            table.add_section()
+        before = budget
+        table.add_row(
+            str(budget),
+            strategy,
+            f"{mean:.3f}",
+            "" if diff is None else f"{diff:+.3f}",
+            "" if diff is None else f"[{low:+.3f}, {high:+.3f}]",
+            verdict,
+            f"{select:.2f}",
+            f"{train:.2f}",
+        )
+    console = Console(width=max(100, Console().width), highlight=False)
+    console.print(table)
+    judged = [row for row in rows if row[0] == rule.budget and row[1] != rule.against]
+    for answer in ("better", "worse", "no difference shown"):
+        names = ", ".join(row[1] for row in judged if row[6] == answer)
+        if names:
+            console.print(
+                f"at {rule.budget} examples, {answer} than {rule.against}: {names}".replace(
+                    "no difference shown than", "no difference shown to"
+                )
+            )
+    chosen = champion(Workspace(task, home()))
+    if chosen is None:
+        console.print(f"no champion: on validation nothing is better than {rule.against}")
+    else:
+        console.print(
+            f"champion, by validation: {chosen['strategy']} at {chosen['budget']} "
+            f"(generation {chosen['generation']}, selection {chosen['selection']})"
+        )

@@ -1,0 +1,107 @@
+"""The jobs of a task in order, in this process: what `make demo` runs.
+
+It asks the store what is missing and runs only the jobs that have something to do. Interrupted, the
+same call goes on where it stopped.
+"""
+
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+
+from dsel_assets.assets.declare import arrival_partitions, key
+from dsel_assets.build import build
+from dsel_assets.resources.tracking import Tracking, best_effort
+from dsel_assets.resources.warehouse import Warehouse
+from dsel_assets.steps.arrivals import arrivals, landed, register
+from dsel_assets.steps.workspace import Workspace, home
+from dsel_assets.task import Task
+
+ROOT = Path(__file__).parent.parent
+QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """runs: how many jobs ran; held_back: arrivals that a check keeps out."""
+
+    runs: int
+    held_back: list[str]
+
+
+def dagster_instance() -> dg.DagsterInstance:
+    """The instance of DAGSTER_HOME, else the one that the project's `dagster.yaml` describes."""
+    if os.environ.get("DAGSTER_HOME"):
+        return dg.DagsterInstance.get()
+    return dg.DagsterInstance.from_config(str(ROOT))
+
+
+def resources() -> dict[str, object]:
+    """What the assets ask for, under the home of this process."""
+    return {
+        "home": home(),
+        "warehouse": Warehouse(home() / "warehouse.duckdb"),
+        "tracking": Tracking.at(home()),
+    }
+
+
+def initialise(instance: dg.DagsterInstance) -> None:
+    """Create the databases, once and alone: several processes at a fresh one would break it."""
+    home().mkdir(parents=True, exist_ok=True)
+    instance.get_runs_count()
+    Warehouse(home() / "warehouse.duckdb").initialise()
+    with best_effort("the database of MLflow"):
+        Tracking.at(home()).initialise()
+
+
+def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
+    """Ingest what landed, select and finetune what is missing, compare; say what happens."""
+    ws = Workspace(task, home())
+    jobs = dg.Definitions.merge(
+        build(task, ROOT / "dbt_like_sql"),
+        dg.Definitions(resources=resources(), executor=dg.in_process_executor),
+    )
+    runs = 0
+
+    def execute(job: str, partition: str | None = None) -> bool:
+        nonlocal runs
+        runs += 1
+        started = time.perf_counter()
+        print(f"{job} {partition or ''}".ljust(40), end="", flush=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dg.BetaWarning)
+            done = jobs.resolve_job_def(f"{task.name}_{job}").execute_in_process(
+                partition_key=partition, instance=instance, run_config=QUIET, raise_on_error=False
+            )
+        said = "done" if done.success else "did not succeed"
+        print(f"{said} in {time.perf_counter() - started:.1f} s", flush=True)
+        return done.success
+
+    ws.prepare()
+    for file in landed(ws):
+        register(ws, file)
+    names = arrival_partitions(task).name
+    instance.add_dynamic_partitions(names, [known.key for known in arrivals(ws)])
+    sketched = instance.get_materialized_partitions(key(task, "sketches"))
+    held_back = []
+    for known in arrivals(ws):
+        if known.key not in sketched and not execute("ingest", known.key):
+            held_back.append(known.key)
+
+    from dsel_assets.steps.cells import missing_strategies
+    from dsel_assets.steps.generation import current_generation
+    from dsel_assets.steps.verdict import find_verdict
+
+    generation = current_generation(ws)
+    missing = missing_strategies(ws, generation)
+    for strategy in missing:
+        if not execute("select", strategy):
+            raise RuntimeError(
+                f"{task.name}: selecting by {strategy} failed; see the run in the UI"
+            )
+    if (missing or runs or not find_verdict(ws, generation)) and not execute("compare"):
+        raise RuntimeError(f"{task.name}: the comparison failed; see the run in the UI")
+    return Outcome(runs, held_back)

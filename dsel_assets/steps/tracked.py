@@ -1,0 +1,38 @@
+"""The cells as MLflow shows them."""
+
+from __future__ import annotations
+
+from dsel_assets.resources.store import MANIFEST
+from dsel_assets.resources.tracking import TrackedCell
+from dsel_assets.steps.cells import cells
+from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.workspace import Workspace
+
+
+def tracked_cells(ws: Workspace, generation: Generation, strategy: str) -> list[TrackedCell]:
+    """Everything that MLflow logs of a strategy's cells, read from the store."""
+    get, task = ws.store.get, ws.task
+    tracked = []
+    for cell in cells(ws, generation, strategy):
+        selection = get(task.name, "subsets", cell.selection)
+        checkpoint = get(task.name, "checkpoints", cell.checkpoint)
+        metric = get(task.name, "metrics", cell.metric)
+        tracked.append(
+            TrackedCell(
+                strategy=cell.strategy,
+                budget=cell.budget,
+                seed=cell.seed,
+                selection=selection.identity,
+                metric=metric.identity,
+                settings=task.settings(strategy),
+                finetune=task.finetune.model_dump(),
+                scores=metric.summary,
+                curve=checkpoint.summary["curve"],
+                select_seconds=selection.manifest["seconds"],
+                train_seconds=checkpoint.manifest["seconds"],
+                digest=generation.identity,
+                source=ws.landing,
+                ended=(metric.path / MANIFEST).stat().st_mtime,
+            )
+        )
+    return tracked
