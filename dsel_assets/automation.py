@@ -26,7 +26,7 @@ Requests = Callable[[Task, Path], Iterator[dg.RunRequest | dg.SkipReason]]
 
 
 def jobs(task: Task, models: list[str]) -> dict[str, Job]:
-    """`ingest` by arrival, `select` by strategy, `compare`: their partitions can't be in one job."""
+    """`ingest` by arrival, `select` by strategy, `compare`: one job can't mix their partitions."""
 
     def assets(*names: str) -> dg.AssetSelection:
         return dg.AssetSelection.assets(*(key(task, name) for name in names))
@@ -52,7 +52,7 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
 
 
 def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
-    """Watches the landing folder; a file whose size and time stood still for a tick is an arrival."""
+    """Watches the landing folder; a file that stood still from tick to tick is an arrival."""
 
     @dg.sensor(
         name=f"{task.name}_arrivals",
@@ -93,7 +93,7 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
 
 
 def follow_sensor(task: Task, after: Job, wanted: Job, requests: Requests) -> dg.SensorDefinition:
-    """When the last waiting run of one job has succeeded, ask for what is now missing of the next."""
+    """When the last waiting run of one job has succeeded, ask for what the next one lacks."""
 
     @dg.run_status_sensor(
         name=f"{wanted.name}_after_{after.name.rpartition('_')[2]}",

@@ -36,18 +36,19 @@ def sketches_fit(task: Task) -> dg.AssetChecksDefinition:
             ]
             rows += pool.manifest["rows"]
             quarantined += gradients.summary["quarantined"]
-        sketched, duplicates, conflicts = ([], [], []) if damaged else load_pool(ws, generation)
+        if damaged:
+            return dg.AssetCheckResult(passed=False, metadata={"damaged": ", ".join(damaged)})
+        sketched, duplicates, conflicts = load_pool(ws, generation)
         complete = rows == len(sketched) + len(duplicates) + len(conflicts) + quarantined
-        finite = not damaged and bool(np.isfinite(sketched.sketches).all())
+        assert sketched.sketches is not None
         return dg.AssetCheckResult(
-            passed=complete and finite and not damaged,
+            passed=complete and bool(np.isfinite(sketched.sketches).all()),
             metadata={
                 "pool_rows": rows,
                 "sketched": len(sketched),
                 "quarantined": quarantined,
                 "duplicates": len(duplicates),
                 "conflicts": len(conflicts),
-                "damaged": ", ".join(damaged) or "none",
             },
         )
 
@@ -85,8 +86,8 @@ def metrics_complete(task: Task) -> dg.AssetChecksDefinition:
         asset=key(task, "metrics"),
         name="complete",
         blocking=True,
-        description="Every strategy has a finite score at every budget with every seed, so that the "
-        "comparison is paired; random and full are among them.",
+        description="Every strategy has a finite score at every budget with every seed, so that "
+        "the comparison is paired; random and full are among them.",
     )
     def complete(home: Home) -> dg.AssetCheckResult:
         import math

@@ -123,3 +123,19 @@ def show_leaderboard(task: Task) -> None:
             f"champion, by validation: {chosen['strategy']} at {chosen['budget']} "
             f"(generation {chosen['generation']}, selection {chosen['selection']})"
         )
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port of Dagster's pages.")] = 3000,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's pages.")] = 5000,
+) -> None:
+    """Show Dagster and MLflow on this machine; the sensors and the schedule work meanwhile."""
+    from dsel_assets.ui import serve
+
+    init()
+    raise typer.Exit(serve(port, mlflow_port))
+
+
+if __name__ == "__main__":
+    app()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dsel_assets.resources.store import Entry
 from dsel_assets.steps.arrivals import arrivals, landed, register
 from dsel_assets.steps.catalog import write_catalog
@@ -12,12 +14,12 @@ from dsel_assets.steps.pool import held_back, ingest
 from dsel_assets.steps.sketches import sketch
 from dsel_assets.steps.spectrum import hessian_spectrum
 from dsel_assets.steps.subsets import select
-from dsel_assets.steps.verdict import compare, promote
+from dsel_assets.steps.verdict import compare, comparisons, promote
 from dsel_assets.steps.workspace import Workspace
 
 
-def run(ws: Workspace) -> Entry:
-    """From the landing folder to the verdict; what the store has is not made again."""
+def run(ws: Workspace) -> tuple[Entry, list[dict[str, Any]]]:
+    """From the landing folder to the verdict and its comparisons; what is there is not made again."""
     ws.prepare()
     for file in landed(ws):
         register(ws, file)
@@ -34,4 +36,4 @@ def run(ws: Workspace) -> Entry:
     decided = compare(ws, generation)
     promote(ws, generation, decided)
     write_catalog(ws, generation, decided)
-    return decided
+    return decided, comparisons(decided)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dsel_assets.assets.declare import arrival_partitions, key
+from dsel_assets.assets.declare import key
 from dsel_assets.build import build
 from dsel_assets.resources.tracking import Tracking, best_effort
 from dsel_assets.resources.warehouse import Warehouse
@@ -70,21 +70,20 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
         nonlocal runs
         runs += 1
         started = time.perf_counter()
-        print(f"{job} {partition or ''}".ljust(40), end="", flush=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", dg.BetaWarning)
             done = jobs.resolve_job_def(f"{task.name}_{job}").execute_in_process(
                 partition_key=partition, instance=instance, run_config=QUIET, raise_on_error=False
             )
         said = "done" if done.success else "did not succeed"
-        print(f"{said} in {time.perf_counter() - started:.1f} s", flush=True)
+        what = f"{job} {partition or ''}".ljust(32)
+        print(f"{what} {said} in {time.perf_counter() - started:.1f} s", flush=True)
         return done.success
 
     ws.prepare()
     for file in landed(ws):
         register(ws, file)
-    names = arrival_partitions(task).name
-    instance.add_dynamic_partitions(names, [known.key for known in arrivals(ws)])
+    instance.add_dynamic_partitions(f"{task.name}_arrivals", [known.key for known in arrivals(ws)])
     sketched = instance.get_materialized_partitions(key(task, "sketches"))
     held_back = []
     for known in arrivals(ws):

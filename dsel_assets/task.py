@@ -24,11 +24,13 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
 class TaskError(ValueError):
-    """A task file that can't be used: the message names the file, the key's path and what is allowed."""
+    """A task file that can't be used: the message names file, key and what is allowed."""
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, strict=True, allow_inf_nan=False
+    )
 
 
 class Schema(_Spec):
@@ -51,8 +53,10 @@ class Schema(_Spec):
     def _count_or_names(cls, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
             return [str(index) for index in range(value)]
-        if isinstance(value, list) and len(value) >= 2 and len(set(map(str, value))) == len(value):
-            return [str(name) for name in value]
+        if isinstance(value, list) and all(type(name) in (str, int) for name in value):
+            names = [str(name) for name in value]
+            if len(set(names)) == len(names) >= 2:
+                return names
         raise ValueError("a number of classes (at least 2), or a list of distinct names")
 
 
@@ -60,14 +64,14 @@ class PoolSpec(_Spec):
     """Where examples to choose from arrive."""
 
     landing: str = Field(
-        description="folder or fsspec URL watched for .parquet, .jsonl, .jsonl.gz; or bundled:<name>"
+        description="folder or URL watched for .parquet, .jsonl, .jsonl.gz; or bundled:<name>"
     )
     columns: Schema = Field(alias="schema", description="the contract that every row must meet")
     leak_similarity: float = Field(
         0.985,
         gt=0,
         le=1,
-        description="cosine of centred inputs from which a pool row counts as a copy of an evaluation row",
+        description="cosine from which a pool row counts as a copy of an evaluation row",
     )
     max_quarantine: float = Field(
         0.2,
@@ -94,7 +98,7 @@ class ModelSpec(_Spec):
 class Finetune(_Spec):
     """The training that every strategy gets, the same for all."""
 
-    trainable: str | list[str] = Field(
+    trainable: str | Annotated[list[str], Field(min_length=1)] = Field(
         "all", description="all, head (the last layer), or patterns of parameter names"
     )
     steps: int = Field(400, ge=1, description="optimiser steps, whatever the subset's size")
@@ -140,7 +144,7 @@ class SpectrumSpec(_Spec):
     tolerance: float = Field(
         0.25,
         gt=0,
-        description="relative error of the smallest outlier eigenvalue that the advised dimension allows",
+        description="relative error of the smallest outlier that the advised dimension allows",
     )
 
 
@@ -159,7 +163,7 @@ class TargetOnly(_Spec):
 class Skmm(_Spec):
     """Sketchy Moment Matching (arXiv:2407.06120)."""
 
-    c: float = Field(0.999, gt=0, description="c_S of the moment condition; below 1")
+    c: float = Field(0.999, gt=0, lt=1, description="c_S of the moment condition")
     tol: float = Field(
         1e-4, gt=0, description="duality gap to stop at, relative to a uniform draw's objective"
     )
@@ -176,7 +180,7 @@ class Bads(_Spec):
     batch_size: int = Field(100, ge=1, description="pool examples a step")
     pick: Literal["sample", "top"] = Field(
         "sample",
-        description="sample: without replacement, in proportion to the mean weight; top: the largest",
+        description="sample: without replacement, by the mean weight; top: the largest",
     )
 
 
@@ -253,6 +257,8 @@ class Task(_Spec):
                     raise ValueError(f"strategies.{name}: needs a target set; give target.source")
             if self.finetune.include_target:
                 raise ValueError("finetune.include_target: there is no target; set it to false")
+        if self.strategies.target_only is not None and not self.finetune.include_target:
+            raise ValueError("strategies.target_only: needs finetune.include_target: true")
         if self.schedule is not None and len(self.schedule.split()) != 5:
             raise ValueError('schedule: a cron line of five fields, e.g. "0 6 * * 1"')
         return self
@@ -269,15 +275,19 @@ def load_task(path: str | Path) -> Task:
         raise TaskError(f"{path}: a task's name is lower case letters, digits and _, at most 40")
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TaskError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise TaskError(f"{path}: a task is a mapping of keys, see tasks/digits.yaml")
     if isinstance(content.get("strategies"), dict):
         # `skmm:` with nothing behind it is the natural way to say "with its defaults"
-        content["strategies"] = {k: v or {} for k, v in content["strategies"].items()}
+        content["strategies"] = {
+            k: {} if v is None else v for k, v in content["strategies"].items()
+        }
     try:
-        return Task(**(content | {"name": path.stem}))
+        if "name" in content:
+            raise TaskError(f"{path}: name: unknown key; the name of the file is the task's name")
+        return Task.model_validate(content | {"name": path.stem})
     except ValidationError as error:
         raise TaskError(f"{path}: " + "; ".join(map(_explain, error.errors()))) from None
 
@@ -288,20 +298,20 @@ def load_tasks(folder: str | Path) -> list[Task]:
 
 
 def shortened(task: Task) -> Task:
-    """The same task with two seeds, two budgets and little training: it runs, it concludes nothing."""
+    """The same task with two seeds, two budgets and little training: it concludes nothing."""
     budgets = sorted({task.budgets[0], task.promote.budget})
     strategies = task.strategies
     if strategies.bads is not None:
-        bads = strategies.bads.model_copy(update={"steps": 100})
+        bads = strategies.bads.model_copy(update={"steps": min(100, strategies.bads.steps)})
         strategies = strategies.model_copy(update={"bads": bads})
-    finetune = task.finetune.model_copy(update={"steps": 40})
+    finetune = task.finetune.model_copy(update={"steps": min(40, task.finetune.steps)})
     return task.model_copy(
         update={"budgets": budgets, "seeds": 2, "finetune": finetune, "strategies": strategies}
     )
 
 
 def warn_about_budgets(task: Task, rows: int) -> None:
-    """A budget that the pool can't fill is clamped when selecting; say so once the pool is known."""
+    """Say which budgets the pool can't fill: selecting then takes everything."""
     for budget in task.budgets:
         if budget >= rows:
             warnings.warn(

@@ -45,12 +45,12 @@ def subsets(task: Task) -> dg.AssetsDefinition:
             zip(pool.ids, (task.pool.columns.classes[i] for i in pool.labels), strict=True)
         )
         sources = dict(zip(pool.ids, pool.groups, strict=True))
-        by_budget: dict[str, Counter[str]] = {}
+        by_class: dict[str, Counter[str]] = {}
         by_source: dict[str, Counter[str]] = {}
         numbers: dict[int, list[dict[str, Any]]] = {}
         for cell, entry in zip(cells(ws, generation, strategy), entries, strict=True):
             ids = chosen_ids(entry)
-            by_budget.setdefault(str(cell.budget), Counter()).update(classes[i] for i in ids)
+            by_class.setdefault(str(cell.budget), Counter()).update(classes[i] for i in ids)
             by_source.setdefault(str(cell.budget), Counter()).update(sources[i] for i in ids)
             numbers.setdefault(cell.budget, []).append(dict(entry.summary))
         return result(
@@ -63,7 +63,7 @@ def subsets(task: Task) -> dg.AssetsDefinition:
                 "duplicates_across_arrivals": len(duplicates),
                 "conflicts_across_arrivals": len(conflicts),
                 "classes_chosen": picture(
-                    composition(by_budget, Counter(classes.values()), "class")
+                    composition(by_class, Counter(classes.values()), "class")
                 ),
                 "sources_chosen": picture(
                     composition(by_source, Counter(sources.values()), "source")

@@ -15,8 +15,8 @@ def target(task: Task) -> dg.AssetsDefinition:
         group_name="arrivals",
         kinds={"parquet"},
         code_version="1",
-        description="Target, validation and test: small, clean, of the task that matters. Strategies "
-        "read the target, promotion the validation set; test is only reported.",
+        description="Target, validation and test: small, clean, of the task that matters. "
+        "Strategies read the target, promotion the validation set; test is only reported.",
         check_specs=[
             dg.AssetCheckSpec(
                 "apart",

@@ -22,8 +22,8 @@ def verdict(task: Task) -> dg.AssetsDefinition:
         kinds={"python", "mlflow"},
         code_version="1",
         pool="warehouse",
-        description=f"Better, no difference shown, or worse than {rule.against}: {rule.metric} paired "
-        "by seed and example, a two-way bootstrap, Holm's correction at the promoted budget of "
+        description=f"Better, no difference shown, or worse than {rule.against}: {rule.metric} "
+        "paired by seed and example, a two-way bootstrap, Holm's correction at the promoted budget of "
         f"{rule.budget}. Validation promotes a champion or keeps the one there is; test is "
         "reported. The interval speaks about new seeds and new examples; pool, target set and base "
         "model are taken as they are.",
@@ -33,14 +33,12 @@ def verdict(task: Task) -> dg.AssetsDefinition:
         warehouse: dg.ResourceParam[Warehouse],
         tracking: dg.ResourceParam[Tracking],
     ) -> dg.MaterializeResult:
-        import pyarrow.parquet as pq
-
         from dsel_assets.evaluation.plots import budget_curve, differences
         from dsel_assets.steps.catalog import cell_row, tables, write_catalog
         from dsel_assets.steps.cells import cells
         from dsel_assets.steps.generation import current_generation
         from dsel_assets.steps.model import WEIGHTS
-        from dsel_assets.steps.verdict import compare, promote
+        from dsel_assets.steps.verdict import compare, comparisons, promote
 
         ws = Workspace(task, home)
         generation = current_generation(ws)
@@ -50,7 +48,7 @@ def verdict(task: Task) -> dg.AssetsDefinition:
         warehouse.publish_views(tables(home))
 
         rows = [cell_row(ws, generation, cell) for cell in cells(ws, generation)]
-        compared = pq.read_table(decided.file("comparisons.parquet")).to_pylist()
+        compared = comparisons(decided)
         test = [row for row in compared if row["split"] == "test"]
         figures = {
             "budget_curve": budget_curve(rows, "accuracy on test", "test_accuracy"),

@@ -155,7 +155,7 @@ def _split_rows(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str,
 def _mislabel(
     labels: NDArray[np.int64], share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """This share of the labels replaced by another digit, drawn uniformly."""
+    """Replace a share of the labels by another digit, drawn uniformly."""
     wrong = labels.copy()
     rows = rng.choice(len(labels), round(share * len(labels)), replace=False)
     wrong[rows] = (labels[rows] + rng.integers(1, 10, len(rows))) % 10

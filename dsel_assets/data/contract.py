@@ -80,8 +80,8 @@ class Contract:
 class Validated:
     """What became of a file: seen == len(examples) + duplicates + quarantine.num_rows.
 
-    examples    the good rows in the order of the file, with columns `row` [N] int64 (in the file, from
-                1) and `content_digest` [N] str
+    examples    the good rows in the order of the file, with columns `row` [N] int64 (its number,
+                from 1) and `content_digest` [N] str
     quarantine  (source, row, example_id, reason, detail) of each refused row, in the same order
     duplicates  rows dropped because an earlier one has the same id and the same content
     seen        rows in the file, blank lines aside

@@ -1,4 +1,4 @@
-"""The one type that data travels in below the orchestration: a table of examples, column by column."""
+"""The one type that data travels in: a table of examples, column by column."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Examples:
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_] | Sequence[int]) -> Examples:
         """The examples at these positions (or under this mask), in this order."""
-        rows = np.asarray(rows)
+        rows = np.asarray(rows, dtype=None if len(rows) else np.int64)
         return replace(
             self,
             ids=self.ids[rows],

@@ -64,7 +64,7 @@ def train(
 
 
 def shuffled_batches(rows: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of `min(size, rows)` row numbers, a fresh permutation whenever one runs out."""
+    """Endless batches of `min(size, rows)` rows, a fresh permutation whenever one runs out."""
     generator = torch.Generator().manual_seed(seed)
     size = min(size, rows)
     queue = torch.empty(0, dtype=torch.long)

@@ -13,7 +13,7 @@ from dsel_assets.models.vision import ARCHITECTURES
 def pretrain(
     name: str, shape: tuple[int, ...], classes: int, *, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Weights of an architecture trained for 1,000 steps on shifted copies of the 1,797 UCI digits."""
+    """Weights of an architecture trained for 1,000 steps on shifted copies of 1,797 UCI digits."""
     if tuple(shape) != (28, 28) or classes != 10:
         raise ValueError("model.base: bundled:digits is for [28, 28] inputs and 10 classes")
     images, labels = map(torch.from_numpy, pretraining())

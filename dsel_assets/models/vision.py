@@ -8,7 +8,7 @@ from torch import nn
 
 
 def small_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Two convolutions and two linear layers for [B, height, width] inputs with sides divisible by 4.
+    """Two convolutions and two linear layers for [B, height, width] inputs, sides divisible by 4.
 
     28 x 28 and 10 classes: 26,698 parameters. No batch normalisation and no dropout, so that the
     gradient of an example depends on that example alone.

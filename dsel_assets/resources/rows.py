@@ -17,7 +17,7 @@ NAME = "rows"
 
 
 class RowWriter:
-    """Appends float32 rows of one width to a file; `with` closes it and makes it readable."""
+    """Appends float32 rows of one width to a file; `with` that ends well makes it readable."""
 
     def __init__(self, path: Path, width: int) -> None:
         self.width, self.rows = width, 0
@@ -40,11 +40,12 @@ class RowWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        size = 4 * self.rows * self.width
-        tensor = {"dtype": "F32", "shape": [self.rows, self.width], "data_offsets": [0, size]}
-        header = json.dumps({NAME: tensor}).encode().ljust(HEADER)
-        self._file.seek(0)
-        self._file.write(HEADER.to_bytes(8, "little") + header)
+        if kind is None:
+            size = 4 * self.rows * self.width
+            tensor = {"dtype": "F32", "shape": [self.rows, self.width], "data_offsets": [0, size]}
+            header = json.dumps({NAME: tensor}).encode().ljust(HEADER)
+            self._file.seek(0)
+            self._file.write(HEADER.to_bytes(8, "little") + header)
         self._file.close()
 
 

@@ -22,6 +22,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("torch", "numpy", "pyarrow", "scikit-learn")
@@ -107,9 +108,9 @@ class Store:
         path = self.folder(task, kind) / identity
         try:
             return Entry(path, json.loads((path / MANIFEST).read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise StoreError(f"{path / MANIFEST}: {error}; delete {path} and run again") from error
 
     def get(self, task: str, kind: str, fields: Mapping[str, Any]) -> Entry:
@@ -135,7 +136,7 @@ class Store:
         """Write an artifact; it exists once the block has ended without an exception."""
         final = self.folder(task, kind) / identity(fields)
         self._sweep(final)
-        part = final.with_name(f"{final.name}.part-{os.getpid()}")
+        part = final.with_name(f"{final.name}.part-{os.getpid()}-{uuid4().hex[:8]}")
         part.mkdir(parents=True)
         draft, started = Draft(part), time.perf_counter()
         try:
@@ -161,9 +162,11 @@ class Store:
             shutil.rmtree(part, ignore_errors=True)
 
     def _sweep(self, final: Path) -> None:
-        """Remove what a killed process left half-written under this name."""
+        """Remove what a killed process or an interrupted deletion left under this name."""
+        if final.is_dir() and not (final / MANIFEST).exists():
+            shutil.rmtree(final, ignore_errors=True)
         for part in final.parent.glob(f"{final.name}.part-*"):
-            if not _alive(int(part.name.rpartition("-")[2])):
+            if not _alive(int(part.name.split("-")[1])):
                 shutil.rmtree(part, ignore_errors=True)
 
 
@@ -171,11 +174,14 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file under a temporary name, sync it, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    with part.open("w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    try:
+        with part.open("w") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ weight goes up. The prior holds the mean weight at beta, the believed useful fra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +30,7 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Weights:
-    """mean, sd: [N] float64 of each weight over the second half of the chain; diagnostics: scalars."""
+    """mean, sd: [N] float64 of each weight over the chain's second half; diagnostics: scalars."""
 
     mean: NDArray[np.float64]
     sd: NDArray[np.float64]
@@ -54,8 +55,8 @@ def infer_weights(
     model is trained in place (pass a copy). train and target are inputs [N, ...] float32 and labels
     [N] int64. In per-example units, with l_i the loss of example i:
 
-        network   mean_B(w_i l_i) + mean_T(l_j)                        (Eq. 5, rho_theta^m = N_t/N_m)
-        weights   mean_i(w_i l_i) + (mean_i w_i - beta)^2 / (2 sigma^2)              (Eq. 7 and 8)
+        network   mean_B(w_i l_i) + mean_T(l_j)                      (Eq. 5, rho_theta^m = N_t/N_m)
+        weights   mean_i(w_i l_i) + (mean_i w_i - beta)^2 / (2 sigma^2)            (Eq. 7 and 8)
 
     The gradient of the prior is rescaled by N/|B|, so that mini-batches are unbiased (the paper's
     Eq. 9 is not), and the mean weight is exact, not a running average. Mode `paper` is the
@@ -127,28 +128,29 @@ class Bads(Selector):
         self.model, self.trainable = model, trainable
         self.beta, self.sigma = beta, sigma
         self.steps, self.batch_size, self.pick = steps, batch_size, pick
-        self._ranked: tuple[Any, Weights, NDArray[np.int64]] | None = None
+        self._chain: _Chain | None = None
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
         """The first n of the ranking, which depends on the seed and not on the budget."""
-        weights, ranking = self._ranking(pool, target, seed)
-        rows = ranking[:n]
-        chosen = float(weights.mean[rows].mean())
+        assert target is not None
+        key = (seed, *(hash(part.tobytes()) for part in (pool.ids, pool.labels, target.ids)))
+        known = self._chain is not None and self._chain.key == key
+        if not known:
+            self._chain = self._run(key, pool, target, seed)
+        assert self._chain is not None
+        weights, rows = self._chain.weights, self._chain.ranking[:n]
         return Choice(
             rows,
             {"weight_mean": weights.mean[rows], "weight_sd": weights.sd[rows]},
-            {**weights.diagnostics, "mean_weight_chosen": chosen},
+            {**weights.diagnostics, "mean_weight_chosen": float(weights.mean[rows].mean())},
+            spent=self._chain.seconds if known else 0.0,
         )
 
-    def _ranking(
-        self, pool: Examples, target: Examples | None, seed: int
-    ) -> tuple[Weights, NDArray[np.int64]]:
-        key = (seed, len(pool), hash(pool.ids.tobytes()))
-        if self._ranked is not None and self._ranked[0] == key:
-            return self._ranked[1:]
-        assert target is not None and pool.inputs is not None and target.inputs is not None
+    def _run(self, key: tuple[int, ...], pool: Examples, target: Examples, seed: int) -> _Chain:
+        assert pool.inputs is not None and target.inputs is not None
+        started = time.perf_counter()
         model = self.model()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trainable is None or name in self.trainable)
@@ -166,5 +168,12 @@ class Bads(Selector):
         if self.pick == "sample":  # Gumbel-top-k: sampling without replacement, nested in n
             score = score + np.random.default_rng(seed).gumbel(size=len(score))
         ranking = np.argsort(-score, kind="stable")
-        self._ranked = (key, weights, ranking)
-        return weights, ranking
+        return _Chain(key, weights, ranking, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    key: tuple[int, ...]
+    weights: Weights
+    ranking: NDArray[np.int64]
+    seconds: float

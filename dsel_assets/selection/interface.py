@@ -53,6 +53,7 @@ class Constraints:
 
 
 NONE = Constraints()
+READS = {"sketches": Needs.SKETCHES, "inputs": Needs.MODEL}  # arrays that a score is made of
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy's own answer: positions in the pool it was handed, the rest as in `Selection`."""
+    """A strategy's own answer: positions in the pool it was handed, the rest as in `Selection`.
+
+    spent: seconds of work that this choice rests on and that an earlier call did
+    """
 
     rows: Ints
     scores: Mapping[str, NDArray] = field(default_factory=dict)
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     state: State = field(default_factory=dict)
+    spent: float = 0.0
 
 
 class Selector(ABC):
@@ -98,14 +103,17 @@ class Selector(ABC):
     whole: ClassVar[bool] = False  # does the budget change nothing?
 
     def size(self, limit: int, rows: int) -> int:
-        """How many of `rows` examples are chosen under a limit; the baselines that ignore it differ."""
+        """How many of `rows` examples are chosen under a limit; some baselines ignore it."""
         return min(limit, rows)
 
     @abstractmethod
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
-        """Choose n of the pool's rows, 0 < n < len(pool); the pool is clean and sorted by id."""
+        """Choose n of the pool's rows; the pool is clean and sorted by id.
+
+        0 < n < len(pool), and n = len(pool) where the order of everything matters: if `nested`.
+        """
 
     def select(
         self,
@@ -119,8 +127,9 @@ class Selector(ABC):
     ) -> Selection:
         """Choose within the budget.
 
-        ValueError for an empty pool, a negative or fractional budget, something needed that is not
-        there, a non-finite row (named), and for a constraint that this strategy can't honour.
+        ValueError for an empty pool, repeated ids, a negative or fractional budget, something
+        needed that is not there, a non-finite row (named), and for a constraint that this strategy
+        can't honour.
         A budget above the pool warns and takes everything.
         """
         started = time.perf_counter()
@@ -133,12 +142,14 @@ class Selector(ABC):
             warnings.warn(
                 f"{self.name}: a budget of {limit} takes all {size} examples", stacklevel=2
             )
-        first = np.flatnonzero(np.isin(pool.ids, sorted(constraints.required)))[:size]
+        first = np.flatnonzero(np.isin(pool.ids, sorted(constraints.required)))
+        if len(first) > size:
+            raise ValueError(f"{self.name} can't honour {len(first)} required ids: it takes {size}")
         rest = np.setdiff1d(np.arange(len(pool)), first)
         n = size - len(first)
         if n == 0:
             choice = Choice(np.array([], dtype=np.int64))
-        elif n == len(rest):
+        elif n == len(rest) and (self.whole or not self.nested):
             choice = Choice(np.arange(n))
         else:
             choice = self.choose(pool.take(rest), target, n, seed=seed, warm=warm)
@@ -147,12 +158,13 @@ class Selector(ABC):
             raise AssertionError(
                 f"{self.name} chose {len(rows)} rows that are not {n} distinct ones"
             )
+        seconds = time.perf_counter() - started + choice.spent
         scores = {name: _after(len(first), column) for name, column in choice.scores.items()}
         return Selection(
             ids=pool.ids[rows],
             weights=np.ones(len(rows)),
             scores={"rank": np.arange(1, len(rows) + 1)} | scores,
-            diagnostics={**choice.diagnostics, "seconds": time.perf_counter() - started},
+            diagnostics={**choice.diagnostics, "seconds": seconds},
             state=choice.state,
         )
 
@@ -161,27 +173,33 @@ class Selector(ABC):
             raise ValueError(f"{self.name} can't honour a cost budget ({budget.cost!r})")
         if constraints.quotas:
             raise ValueError(f"{self.name} can't honour quotas ({', '.join(constraints.quotas)})")
-        if budget.limit < 0 or budget.limit != int(budget.limit):
+        if budget.limit < 0 or not float(budget.limit).is_integer():
             raise ValueError(f"a budget is a whole number of examples from 0, not {budget.limit}")
         return int(budget.limit)
 
     def _check(self, pool: Examples, target: Examples | None, constraints: Constraints) -> None:
         if len(pool) == 0:
             raise ValueError(f"{self.name}: the pool is empty; nothing can be chosen")
+        repeated = pool.ids[1:][pool.ids[1:] == pool.ids[:-1]]
+        if len(repeated):
+            raise ValueError(f"ids of the pool repeat: {', '.join(repeated[:5])}")
         missing = constraints.required.difference(pool.ids.tolist())
         if missing:
             raise ValueError(f"required ids are not in the pool: {', '.join(sorted(missing)[:5])}")
-        if Needs.TARGET in self.needs and (target is None or len(target) == 0):
-            raise ValueError(f"{self.name} needs a target set, and there is none")
-        for what, examples in (("pool", pool), ("target", target)):
-            if Needs.SKETCHES in self.needs and examples is not None:
-                if examples.sketches is None:
-                    raise ValueError(f"{self.name} needs sketches of the {what}")
-                refuse_non_finite(examples.sketches, examples.ids, what)
+        read = {"pool": pool}
+        if Needs.TARGET in self.needs:
+            if target is None or len(target) == 0:
+                raise ValueError(f"{self.name} needs a target set, and there is none")
+            read["target"] = target
+        for what, examples in read.items():
+            for part in (part for part, need in READS.items() if need in self.needs):
+                if getattr(examples, part) is None:
+                    raise ValueError(f"{self.name} needs {part} of the {what}")
+                refuse_non_finite(getattr(examples, part), examples.ids, what)
 
 
 def refuse_non_finite(rows: NDArray, ids: NDArray[np.str_], what: str) -> None:
-    """ValueError that names the ids of rows with NaN or infinity in them; they never get a score."""
+    """Raise ValueError naming the ids of rows that hold NaN or infinity: they get no score."""
     bad = ~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
     if bad.any():
         named = ", ".join(ids[bad][:5])

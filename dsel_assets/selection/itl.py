@@ -301,7 +301,9 @@ class Itl(Selector):
             _directions(pool.sketches, centre),
             _directions(target.sketches, centre),
         )
-        found = select_informative(candidates, targets, n, form=self.form, noise=self.noise)
+        # equal rows say nothing and have no norm to take the noise from: any noise will do
+        noise = self.noise if self.noise or candidates.any() else 1.0
+        found = select_informative(candidates, targets, n, form=self.form, noise=noise)
         cosines = candidates[found.indices] @ targets.T
         nearest = cosines.argmax(1)
         return Choice(

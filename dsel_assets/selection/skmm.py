@@ -473,7 +473,7 @@ class Skmm(Selector):
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
-        """N rows sampled without replacement by the weights s; a uniform draw's c_S beside theirs."""
+        """Rows sampled without replacement by the weights s, with a uniform draw's c_S beside."""
         assert pool.sketches is not None
         sketches = reduce_sketches(pool.sketches, n)
         found = match_moments(sketches, n, c=self.c, tol=self.tol, seed=seed)

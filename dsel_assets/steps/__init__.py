@@ -1,4 +1,4 @@
-"""The workflow as plain functions over the store: look it up, else make it with one method, write it.
+"""The workflow as plain functions over the store: look it up, else make it, write it.
 
 Nothing here knows an orchestrator. A script may call these in order (`dsel_assets/pipeline.py`);
 the assets declare the same steps to Dagster and show what came out.

@@ -1,4 +1,4 @@
-"""The ledger of arrivals: which files of the landing folder are known, each under a key of its own."""
+"""The ledger of arrivals: which landed files are known, each under a key of its own."""
 
 from __future__ import annotations
 
@@ -70,15 +70,20 @@ def register(ws: Workspace, file: Landed) -> Arrival | None:
     """Enter a file into the ledger; None when the same content is there already, under any name.
 
     A file that comes again under a known name with other content is a new arrival: what was there
-    keeps its rows, and ids that now differ go to quarantine as conflicts.
+    keeps its rows, and ids that now differ go to quarantine as conflicts. A known file that was
+    moved is looked for where it is now.
     """
     digest = file_digest(file.path)
     ledger = ws.store.folder(ws.task.name, "arrivals")
     ledger.mkdir(parents=True, exist_ok=True)
     with FileLock(ledger / "lock"):
         known = arrivals(ws)
-        if any(other.digest == digest for other in known):
-            return None
+        for other in known:
+            if other.digest == digest:
+                if other.path != file.path and not holds(other.path, digest):
+                    moved = asdict(other) | {"path": file.path}
+                    write_json(ledger / f"{other.key}.json", moved)
+                return None
         key = _key(file.path)
         if any(other.key == key for other in known):
             key = f"{key}-{digest[:8]}"
@@ -87,8 +92,16 @@ def register(ws: Workspace, file: Landed) -> Arrival | None:
     return entered
 
 
+def holds(path: str, digest: str) -> bool:
+    """Whether this content lies under the path."""
+    try:
+        return file_digest(path) == digest
+    except FileNotFoundError:
+        return False
+
+
 def _key(path: str) -> str:
-    """The file's name without its ending, in characters that are safe in paths and partition keys."""
+    """The file's name without its ending, in characters safe in paths and partition keys."""
     name = Path(path).name.lower()
     for ending in sorted(ENDINGS, key=len, reverse=True):
         name = name.removesuffix(ending)

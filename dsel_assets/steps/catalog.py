@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def cell_row(ws: Workspace, generation: Generation, cell: Cell) -> dict[str, Any
         "checkpoint": checkpoint.identity,
         "metric": metric.identity,
         "chosen": selection.manifest["rows"],
-        "select_seconds": selection.manifest["seconds"],
+        "select_seconds": selection.summary["seconds"],
         "train_seconds": checkpoint.manifest["seconds"],
     }
     for split in SPLITS:
@@ -108,7 +109,7 @@ def _arrival_row(ws: Workspace, key: str, pool: Entry) -> dict[str, Any]:
     return {
         "task": ws.task.name,
         "arrival": key,
-        "file": arrival(ws, key).path,
+        "file": os.fsencode(arrival(ws, key).path).decode(errors="backslashreplace"),
         "digest": pool.manifest["fields"]["file"],
         "seen": summary["seen"],
         "rows": summary["rows"],

@@ -79,7 +79,7 @@ def cells(ws: Workspace, generation: Generation, strategy: str | None = None) ->
 
 
 def missing_strategies(ws: Workspace, generation: Generation) -> dict[str, str]:
-    """Strategies with a metric that is not there yet, and the identity of all that each should have."""
+    """Strategies that lack a metric, each with the identity of all that it should have."""
     wanted: dict[str, list[dict[str, Any]]] = {}
     for cell in cells(ws, generation):
         wanted.setdefault(cell.strategy, []).append(cell.metric)

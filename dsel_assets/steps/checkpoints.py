@@ -20,7 +20,7 @@ from dsel_assets.steps.workspace import Workspace
 
 
 def finetune(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
-    """The checkpoints of a strategy's cells, in the order of `cells`; only missing ones are trained."""
+    """The checkpoints of a strategy's cells, in the order of `cells`; only missing are trained."""
     every = list(cells(ws, generation, strategy))
     distinct = {cell.identities["checkpoints"]: cell for cell in every}
     missing = ws.store.missing(ws.task.name, "checkpoints", [cell.checkpoint for cell in every])
@@ -38,18 +38,16 @@ def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
     chosen = pool.take(
         np.array([place[i] for i in subset["example_id"].to_pylist()], dtype=np.int64)
     )
-    inputs, labels, weights = [chosen.inputs], [chosen.labels], [subset["weight"].to_numpy()]
+    parts, weights = [chosen], [subset["weight"].to_numpy()]
     if ws.task.finetune.include_target:
-        target = load_examples(evaluation_set(ws, "target"))
-        inputs.append(target.inputs)
-        labels.append(target.labels)
-        weights.append(np.ones(len(target)))
+        parts.append(load_examples(evaluation_set(ws, "target")))
+        weights.append(np.ones(len(parts[-1])))
     spec = ws.task.finetune
     with ws.store.write(ws.task.name, "checkpoints", cell.checkpoint) as draft:
         trained = train(
             base_builder(ws)(),
-            torch.from_numpy(np.concatenate(inputs)),
-            torch.from_numpy(np.concatenate(labels)),
+            torch.cat([torch.from_numpy(part.inputs) for part in parts]),
+            torch.cat([torch.from_numpy(part.labels) for part in parts]),
             torch.from_numpy(np.concatenate(weights)).float(),
             trainable=list(trainable_shapes(ws)),
             steps=spec.steps,
@@ -58,5 +56,5 @@ def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
             seed=cell.seed,
         )
         save_weights(trained.weights, draft.path / WEIGHTS)
-        draft.rows = sum(map(len, labels))
+        draft.rows = sum(map(len, parts))
         draft.summary = {"curve": trained.curve}

@@ -38,7 +38,7 @@ class Generation:
 
 
 def current_generation(ws: Workspace) -> Generation:
-    """The generation of every arrival that is sketched and not held back; entered when it is new."""
+    """The generation of all arrivals that are sketched and not held back; entered if new."""
     found = tuple(_members(ws))
     if not found:
         raise StoreError(f"{ws.task.name}: no arrival is sketched yet; run the ingest job first")

@@ -20,7 +20,7 @@ SPLITS = ("validation", "test")
 
 
 def evaluate(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
-    """The metrics of a strategy's cells, in the order of `cells`; only missing ones are computed."""
+    """The metrics of a strategy's cells, in the order of `cells`; only missing are computed."""
     every = list(cells(ws, generation, strategy))
     distinct = {cell.identities["metrics"]: cell for cell in every}
     for identity in ws.store.missing(ws.task.name, "metrics", [cell.metric for cell in every]):

@@ -1,4 +1,4 @@
-"""Independent pieces of work over the cores; the same code serially, on processes, or a cluster's."""
+"""Independent pieces of work over the cores: one small map behind every fan-out."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from dsel_assets.data import (
@@ -19,6 +21,7 @@ from dsel_assets.data import (
     Examples,
     UnreadableFileError,
     Validated,
+    example_ids,
     file_digest,
     find_leaks,
     quarantine_table,
@@ -26,7 +29,7 @@ from dsel_assets.data import (
     validate,
 )
 from dsel_assets.resources.store import Draft, Entry
-from dsel_assets.steps.arrivals import Arrival, arrival
+from dsel_assets.steps.arrivals import Arrival, arrival, holds
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import TaskError
 
@@ -69,11 +72,11 @@ def evaluation_set(ws: Workspace, split: str) -> Entry:
 
 def shared_inputs(ws: Workspace) -> dict[str, int]:
     """How many inputs of target and validation stand, exactly, in a later evaluation set."""
-    inputs = {split: load_examples(evaluation_set(ws, split)).inputs for split in ws.splits}
+    sets = {split: load_examples(evaluation_set(ws, split)) for split in ws.splits}
     return {
-        f"{one} in {other}": len(find_leaks(inputs[one], inputs[other], threshold=1.0)[0])
+        f"{one} in {other}": len(set(_inputs(sets[one])) & set(_inputs(sets[other])))
         for one, other in (("target", "validation"), ("target", "test"), ("validation", "test"))
-        if one in inputs
+        if one in sets
     }
 
 
@@ -81,21 +84,25 @@ def ingest(ws: Workspace, key: str) -> Entry:
     """An arrival's rows that meet the contract; the others in quarantine, each with its reason.
 
     Rows whose input stands in target, validation or test, exactly or nearly, are quarantined as
-    leaks. An unreadable file gives no rows and one line of quarantine.
+    leaks. An unreadable file gives no rows and one line of quarantine; one that was gone or had
+    changed is read as soon as it is back.
     """
     known = arrival(ws, key)
     fields = pool_fields(ws, known)
     if entry := ws.store.find(ws.task.name, "pool", fields):
-        return entry
+        if not entry.summary["lost"] or not holds(known.path, known.digest):
+            return entry
+        shutil.rmtree(entry.path)
+    lost = not holds(known.path, known.digest)
     evaluation = {split: evaluation_set(ws, split) for split in ws.splits}
     try:
-        if digest_of(known.path) != known.digest:
-            raise UnreadableFileError(known.path, "it changed after it was registered")
+        if lost:
+            raise UnreadableFileError(known.path, "it went or changed after it was registered")
         found = validate(read_file(known.path, contract(ws).declared), contract(ws), key)
     except UnreadableFileError as error:
         found = validate([], contract(ws), key)
-        lost = quarantine_table([(key, None, None, UNREADABLE_FILE, error.why)])
-        found = Validated(found.examples, lost, 0, 1)
+        line = quarantine_table([(key, None, None, UNREADABLE_FILE, error.why)])
+        found = Validated(found.examples, line, 0, 1)
     examples, leaks = _without_leaks(ws, key, found.examples, evaluation)
     quarantine = pa.concat_tables([found.quarantine, leaks])
     constants = {"task": ws.task.name, "arrival": key}
@@ -103,6 +110,7 @@ def ingest(ws: Workspace, key: str) -> Entry:
         _write(ws, draft, examples, constants)
         pq.write_table(_with_constants(quarantine, constants), draft.path / "quarantine.parquet")
         draft.summary = {
+            "lost": lost,
             "seen": found.seen,
             "rows": len(examples),
             "duplicates": found.duplicates,
@@ -178,6 +186,11 @@ def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str,
     draft.rows = len(examples)
 
 
+def _inputs(examples: Examples) -> NDArray[np.str_]:
+    assert examples.inputs is not None
+    return example_ids(examples.inputs, [""] * len(examples))
+
+
 def _without_leaks(
     ws: Workspace, key: str, examples: Examples, evaluation: dict[str, Entry]
 ) -> tuple[Examples, pa.Table]:
@@ -211,6 +224,7 @@ def _counts(values: list[str]) -> dict[str, int]:
 
 
 def digest_of(path: str) -> str:
+    """SHA-256 of a file; `UnreadableFileError` when it is not there."""
     try:
         return file_digest(path)
     except FileNotFoundError as error:

@@ -68,9 +68,8 @@ def sketch(ws: Workspace, examples: Entry) -> Sketched:
     source = "backward pass"
     if gradients and RAW in gradients.manifest["files"]:
         blocks, source = _raw_blocks(ws, gradients), "kept raw rows"
-        known = known.take(
-            np.isin(known.ids, pq.read_table(gradients.file("rows.parquet"))["example_id"])
-        )
+        kept = pq.read_table(gradients.file("rows.parquet"))["example_id"].to_pylist()
+        known = known.take(np.isin(known.ids, np.array(kept, dtype=np.str_)))
     else:
         blocks = _pass(ws, known)
     with ExitStack() as stack:
@@ -106,6 +105,8 @@ def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
                 f"{sketched.path}: these sketches have another {field}: "
                 f"{sketched.manifest['fields']['space'][field]!r}, the task asks for {expected!r}"
             )
+    if sketched.manifest["fields"]["examples"] != examples.identity:
+        raise ValueError(f"{sketched.path}: these are sketches of other examples, not {examples.path}")
     known = load_examples(examples)
     ids = pq.read_table(sketched.file("ids.parquet"))["example_id"].to_pylist()
     place = {example_id: row for row, example_id in enumerate(known.ids)}

@@ -28,7 +28,7 @@ def tracked_cells(ws: Workspace, generation: Generation, strategy: str) -> list[
                 finetune=task.finetune.model_dump(),
                 scores=metric.summary,
                 curve=checkpoint.summary["curve"],
-                select_seconds=selection.manifest["seconds"],
+                select_seconds=selection.summary["seconds"],
                 train_seconds=checkpoint.manifest["seconds"],
                 digest=generation.identity,
                 source=ws.landing,

@@ -63,16 +63,20 @@ def _fields(ws: Workspace, generation: Generation) -> dict[str, Any]:
     }
 
 
+def comparisons(decided: Entry) -> list[dict[str, Any]]:
+    """The rows of a comparison: strategy, budget, split, difference, interval, verdict."""
+    return pq.read_table(decided.file("comparisons.parquet")).to_pylist()
+
+
 def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, Any] | None:
     """Make the best strategy that validation calls better the champion; else keep the one there is.
 
     The champion is the selection of the first seed at the promoted budget. Every change is
     appended to `promotions.jsonl` with the evidence; asking again changes nothing.
     """
-    rows = pq.read_table(decided.file("comparisons.parquet")).to_pylist()
     better = [
         row
-        for row in rows
+        for row in comparisons(decided)
         if row["split"] == "validation"
         and row["budget"] == ws.task.promote.budget
         and row["verdict"] == "better"

@@ -14,7 +14,7 @@ BUNDLED = "bundled:"
 
 
 def home() -> Path:
-    """The folder of store, warehouse and MLflow: `DSEL_HOME`, else `.dsel` in the working directory."""
+    """The folder of store, warehouse and MLflow: `DSEL_HOME`, else `.dsel` right here."""
     return Path(os.environ.get("DSEL_HOME", ".dsel")).absolute()
 
 

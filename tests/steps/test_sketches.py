@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dsel_assets import pipeline
+from dsel_assets.models import load_weights, save_weights
+from dsel_assets.resources.rows import read_rows
+from dsel_assets.steps import sketches as step
+from dsel_assets.steps.arrivals import landed, register
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.pool import ingest
+from dsel_assets.steps.sketches import RAW, SKETCHES, load_sketched, sketch, sketch_dimension
+
+
+def sketched(ws: Any, key: str = "a") -> Any:
+    for file in landed(ws):
+        register(ws, file)
+    return sketch(ws, ingest(ws, key))
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_only_the_new_arrival_is_differentiated(done: Any, monkeypatch: Any) -> None:
+    passes = []
+    one_pass = step._pass
+
+    def counted(ws: Any, known: Any) -> Any:
+        passes.append(len(known))
+        return one_pass(ws, known)
+
+    monkeypatch.setattr(step, "_pass", counted)
+    ws = done.workspace()
+    kinds = ("pool", "gradients", "sketches", "hessian_spectrum")
+    before = {kind: files(done.home / "store" / "tiny" / kind) for kind in kinds}
+    done.land("c.jsonl", done.rows(220, 250))
+    pipeline.run(ws)
+    assert passes == [30]
+    for kind in kinds:
+        after = files(done.home / "store" / "tiny" / kind)
+        assert before[kind].items() <= after.items()
+    assert len(current_generation(ws).members) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"sketch": {"seed": 1}}, "sketch"),
+        ({"sketch": {"dim": 32}}, "sketch"),
+        ({"sketch": {"kind": "gaussian"}}, "sketch"),
+        ({"finetune": {"trainable": "head"}}, "trainable"),
+    ],
+)
+def test_sketches_of_another_space_are_refused_by_name(
+    lab: Any, changes: dict[str, Any], field: str
+) -> None:
+    ws = lab.workspace()
+    made = sketched(ws).sketches
+    other = lab.workspace(**changes)
+    with pytest.raises(ValueError, match=f"another {field}"):
+        load_sketched(other, made, ingest(other, "a"))
+
+
+def test_sketches_of_another_base_are_refused(lab: Any) -> None:
+    ws = lab.workspace()
+    made = sketched(ws).sketches
+    weights = load_weights(lab.folder / "base.safetensors")
+    save_weights({k: v + 1e-3 for k, v in weights.items()}, lab.folder / "base.safetensors")
+    with pytest.raises(ValueError, match="another base"):
+        load_sketched(lab.workspace(), made, ingest(ws, "a"))
+
+
+def test_sketches_of_other_rows_are_refused(lab: Any) -> None:
+    ws = lab.workspace()
+    made = sketched(ws).sketches
+    with pytest.raises(ValueError, match="other examples"):
+        load_sketched(ws, made, ingest(ws, "b"))
+
+
+def test_kept_raw_rows_are_read_back(lab: Any, monkeypatch: Any) -> None:
+    ws = lab.workspace(gradients={"keep_raw_bytes": 10**8})
+    first = sketched(ws)
+    assert first.source == "backward pass" and first.gradients.summary["raw_kept"]
+    assert read_rows(first.gradients.file(RAW)).shape == (60, 64 * 128 + 128 + 1280 + 10)
+    before = read_rows(first.sketches.file(SKETCHES))
+    shutil.rmtree(first.sketches.path)
+    monkeypatch.setattr(step, "_pass", None)
+    again = sketched(ws)
+    assert again.source == "kept raw rows" and again.gradients.reused
+    np.testing.assert_array_equal(read_rows(again.sketches.file(SKETCHES)), before)
+    assert not again.sketches.damaged()
+
+
+def test_above_the_limit_the_pass_is_repeated(lab: Any) -> None:
+    ws = lab.workspace(gradients={"keep_raw_bytes": 4 * 60 * 9610 - 1})
+    first = sketched(ws)
+    assert RAW not in first.gradients.manifest["files"]
+    before = read_rows(first.sketches.file(SKETCHES))
+    shutil.rmtree(first.sketches.path)
+    again = sketched(ws)
+    assert again.source == "backward pass" and again.gradients.reused
+    np.testing.assert_array_equal(read_rows(again.sketches.file(SKETCHES)), before)
+
+
+def test_only_gradients_are_missing(lab: Any) -> None:
+    ws = lab.workspace()
+    first = sketched(ws)
+    shutil.rmtree(first.gradients.path)
+    again = sketched(ws)
+    assert again.sketches.reused and not again.gradients.reused
+    assert again.gradients.identity == first.gradients.identity
+
+
+def test_a_row_is_the_sketch_of_its_gradient(lab: Any) -> None:
+    from dsel_assets.sketching import ModelSketch
+    from dsel_assets.steps.model import trainable_shapes
+
+    ws = lab.workspace(gradients={"keep_raw_bytes": 10**8})
+    made = sketched(ws)
+    shapes = trainable_shapes(ws)
+    raw = torch.from_numpy(read_rows(made.gradients.file(RAW)))
+    parts = raw.split([int(np.prod(shape)) for shape in shapes.values()], dim=1)
+    named = {k: p.reshape(-1, *shapes[k]) for k, p in zip(shapes, parts, strict=True)}
+    expected = ModelSketch(shapes, "affd", 64, 0)(named).numpy()
+    np.testing.assert_allclose(read_rows(made.sketches.file(SKETCHES)), expected, atol=1e-5)
+    norms = pq.read_table(made.gradients.file("rows.parquet"))["norm"].to_numpy()
+    np.testing.assert_allclose(norms, raw.norm(dim=1).numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["all", "head"])
+def test_the_block_changes_no_bit(lab: Any, tmp_path: Path, trainable: str) -> None:
+    found = []
+    for block in (1, 7, 64):
+        ws = lab.workspace(gradients={"block": block}, finetune={"trainable": trainable})
+        found.append(read_rows(sketched(ws).sketches.file(SKETCHES)))
+        shutil.rmtree(lab.home)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[1], found[2])
+
+
+def certain_of_zero(lab: Any) -> None:
+    """A base model that says 0 to everything, so that zeros have no gradient."""
+    weights = load_weights(lab.folder / "base.safetensors")
+    bias = torch.zeros(10)
+    bias[0] = 1000
+    save_weights(weights | {"3.bias": bias}, lab.folder / "base.safetensors")
+
+
+def test_rows_without_gradient_are_quarantined(lab: Any) -> None:
+    certain_of_zero(lab)
+    ws = lab.workspace(gradients={"keep_raw_bytes": 10**8})
+    made = sketched(ws)
+    zeros = sum(row["label"] == 0 for row in lab.rows(100, 160))
+    refused = pq.read_table(made.gradients.file("quarantine.parquet")).to_pylist()
+    assert zeros > 0 and [line["reason"] for line in refused] == ["zero gradient"] * zeros
+    assert made.sketches.manifest["rows"] == made.gradients.manifest["rows"] == 60 - zeros
+    examples = load_sketched(ws, made.sketches, ingest(ws, "a"))
+    assert len(examples) == 60 - zeros and 0 not in examples.labels
+    before = read_rows(made.sketches.file(SKETCHES))
+    shutil.rmtree(made.sketches.path)
+    np.testing.assert_array_equal(read_rows(sketched(ws).sketches.file(SKETCHES)), before)
+
+
+def test_rows_with_a_gradient_that_is_not_finite_are_quarantined(lab: Any) -> None:
+    rows = lab.rows(220, 250)
+    rows[4]["image"] = [[3e38 * (-1) ** (i + j) for i in range(8)] for j in range(8)]
+    lab.land("c.jsonl", rows)
+    ws = lab.workspace(gradients={"keep_raw_bytes": 10**8})
+    made = sketched(ws, "c")
+    refused = pq.read_table(made.gradients.file("quarantine.parquet")).to_pylist()
+    assert [line["reason"] for line in refused] == ["non-finite gradient"]
+    assert np.isfinite(read_rows(made.sketches.file(SKETCHES))).all()
+    assert made.sketches.manifest["rows"] == 29
+
+
+def test_an_arrival_without_usable_gradients_stops_nothing(lab: Any) -> None:
+    certain_of_zero(lab)
+    lab.land("z.jsonl", [row for row in lab.rows(220, 300) if row["label"] == 0])
+    ws = lab.workspace(strategies={n: None for n in ("target_only", "skmm", "bads", "itl")})
+    pipeline.run(ws)
+    assert len(current_generation(ws).members) == 3
+
+
+def test_the_advised_dimension_is_pinned(lab: Any) -> None:
+    """Also when a later arrival comes first by name."""
+    ws = lab.workspace(sketch={"dim": "auto"})
+    spectrum = step.hessian_spectrum
+    for file in landed(ws):
+        register(ws, file)
+    first = spectrum(ws)
+    lab.land("0.jsonl", lab.rows(220, 280))
+    for file in landed(ws):
+        register(ws, file)
+    assert spectrum(ws).identity == first.identity
+    assert sketch_dimension(ws) == max(256, first.summary["advised_dimension"])
