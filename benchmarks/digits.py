@@ -23,7 +23,8 @@ from dsel_assets.task import load_task
 
 ROOT = Path(__file__).parent.parent
 CAUGHT = """
-    select strategy, flipped, near_duplicate, off_task, pool_flipped, pool_near_duplicate, pool_off_task
+    select strategy, flipped, near_duplicate, off_task, pool_flipped, pool_near_duplicate,
+           pool_off_task
     from caught where task = 'digits' and budget = ? order by strategy
 """
 
@@ -57,10 +58,9 @@ def main() -> None:
             if (cell["strategy"], cell["budget"]) == (row["strategy"], row["budget"])
         ]
         interval = f"[{row['diff_low']:+.3f}, {row['diff_high']:+.3f}]"
-        lines.append(
-            f"| {row['budget']} | {row['strategy']} | {sum(own) / len(own):.3f} | {row['diff']:+.3f} "
-            f"| {interval} | {row['verdict']}{' (Holm)' if row['corrected'] else ''} |"
-        )
+        place, mean = f"{row['budget']} | {row['strategy']}", f"{sum(own) / len(own):.3f}"
+        answer = f"{row['verdict']}{' (Holm)' if row['corrected'] else ''}"
+        lines.append(f"| {place} | {mean} | {row['diff']:+.3f} | {interval} | {answer} |")
     lines += ["", f"## Shares of the flaws at a budget of {task.promote.budget}", ""]
     with warehouse.connect(read_only=True) as connection:
         found = connection.execute(CAUGHT, [task.promote.budget])

@@ -42,7 +42,9 @@ def plain(task_file: Path, quick: bool) -> None:
     decided, compared = pipeline.run(ws)
     generation = current_generation(ws)
     for strategy in task.strategies.chosen():
-        tracking.log_cells(task.name, generation.number, tracked_cells(ws, generation, strategy), {})
+        tracking.log_cells(
+            task.name, generation.number, tracked_cells(ws, generation, strategy), {}
+        )
     warehouse.initialise()
     warehouse.publish_views(tables(home()))
     checks = load_checks(ROOT / "dbt_like_sql/checks")

@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from dsel_assets.assets.declare import Home, arrival_partitions, key
+from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.arrivals import arrivals, landed, register
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Task
@@ -92,17 +93,24 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
     return arrival_sensor
 
 
-def follow_sensor(task: Task, after: Job, wanted: Job, requests: Requests) -> dg.SensorDefinition:
-    """When the last waiting run of one job has succeeded, ask for what the next one lacks."""
+def follow_sensor(
+    task: Task,
+    after: Job,
+    wanted: Job,
+    requests: Requests,
+    ended: dg.DagsterRunStatus = dg.DagsterRunStatus.SUCCESS,
+) -> dg.SensorDefinition:
+    """When the last waiting run of one job has ended so, ask for what the next one lacks."""
 
     @dg.run_status_sensor(
-        name=f"{wanted.name}_after_{after.name.rpartition('_')[2]}",
-        run_status=dg.DagsterRunStatus.SUCCESS,
+        name=f"{wanted.name}_after_{after.name.rpartition('_')[2]}_{ended.value.lower()}",
+        run_status=ended,
         monitored_jobs=[after],
         request_job=wanted,
         minimum_interval_seconds=10,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"When {after.name} succeeds and no run of it waits, runs {wanted.name}.",
+        description=f"When a run of {after.name} ends in {ended.value} and no other waits, runs "
+        f"{wanted.name}.",
     )
     def follow_sensor(
         context: dg.RunStatusSensorContext, home: Home
@@ -122,7 +130,11 @@ def requests_to_select(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.Sk
     from dsel_assets.steps.generation import current_generation
 
     ws = Workspace(task, home)
-    generation = current_generation(ws)
+    try:
+        generation = current_generation(ws)
+    except StoreError as error:  # nothing was ingested yet
+        yield dg.SkipReason(str(error))
+        return
     missing = missing_strategies(ws, generation)
     for strategy, identity in missing.items():
         yield dg.RunRequest(
@@ -140,7 +152,11 @@ def requests_to_compare(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.S
     from dsel_assets.steps.verdict import verdict_identity
 
     ws = Workspace(task, home)
-    generation = current_generation(ws)
+    try:
+        generation = current_generation(ws)
+    except StoreError as error:  # nothing was ingested yet
+        yield dg.SkipReason(str(error))
+        return
     missing = missing_strategies(ws, generation)
     if missing:
         yield dg.SkipReason(f"waiting for {', '.join(missing)}")
@@ -175,6 +191,8 @@ def automation(
     sensors = [
         arrival_sensor(task, ingest),
         follow_sensor(task, ingest, select, requests_to_select),
+        # an arrival that is held back may be the last of several; the good ones waited for it
+        follow_sensor(task, ingest, select, requests_to_select, dg.DagsterRunStatus.FAILURE),
         follow_sensor(task, select, compare, requests_to_compare),
     ]
     return sensors, [reselection_schedule(task, select)] if task.schedule else []

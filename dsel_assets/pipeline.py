@@ -19,7 +19,7 @@ from dsel_assets.steps.workspace import Workspace
 
 
 def run(ws: Workspace) -> tuple[Entry, list[dict[str, Any]]]:
-    """From the landing folder to the verdict and its comparisons; what is there is not made again."""
+    """From the landing folder to the verdict and its comparisons; only what is missing is made."""
     ws.prepare()
     for file in landed(ws):
         register(ws, file)

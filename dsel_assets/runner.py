@@ -1,7 +1,7 @@
 """The jobs of a task in order, in this process: what `make demo` runs.
 
-It asks the store what is missing and runs only the jobs that have something to do. Interrupted, the
-same call goes on where it stopped.
+It asks the store what is missing, and Dagster's history what is not shown, and runs only the jobs
+that have something to do. Interrupted, the same call goes on where it stopped.
 """
 
 import os
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import dagster as dg
 
-from dsel_assets.assets.declare import key
+from dsel_assets.assets.declare import data_version, key
 from dsel_assets.build import build
+from dsel_assets.resources.store import alive
 from dsel_assets.resources.tracking import Tracking, best_effort
 from dsel_assets.resources.warehouse import Warehouse
 from dsel_assets.steps.arrivals import arrivals, landed, register
@@ -21,6 +22,7 @@ from dsel_assets.steps.workspace import Workspace, home
 from dsel_assets.task import Task
 
 ROOT = Path(__file__).parent.parent
+DATA_VERSION = "dagster/data_version"  # the tag under which Dagster keeps it
 QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
 
 
@@ -55,6 +57,16 @@ def initialise(instance: dg.DagsterInstance) -> None:
     Warehouse(home() / "warehouse.duckdb").initialise()
     with best_effort("the database of MLflow"):
         Tracking.at(home()).initialise()
+    end_leftovers(instance)
+
+
+def end_leftovers(instance: dg.DagsterInstance) -> None:
+    """Let runs whose process was killed fail: they would hold the queue's only place for ever."""
+    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        events = [entry.dagster_event for entry in instance.all_logs(run.run_id)]
+        pids = [event.pid for event in events if event is not None and event.pid is not None]
+        if pids and not alive(pids[-1]):
+            instance.report_run_failed(run, f"Its process {pids[-1]} was killed.")
 
 
 def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
@@ -84,23 +96,56 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     for file in landed(ws):
         register(ws, file)
     instance.add_dynamic_partitions(f"{task.name}_arrivals", [known.key for known in arrivals(ws)])
-    sketched = instance.get_materialized_partitions(key(task, "sketches"))
+
+    from dsel_assets.steps.cells import cells, missing_strategies
+    from dsel_assets.steps.generation import current_generation
+    from dsel_assets.steps.pool import find_ingested
+    from dsel_assets.steps.pool import held_back as why_held_back
+    from dsel_assets.steps.sketches import find_sketched
+    from dsel_assets.steps.verdict import find_verdict
+
+    def shown(asset: str, partition: str | None = None) -> str | None:
+        return _data_version(instance, key(task, asset), partition)
+
     held_back = []
     for known in arrivals(ws):
-        if known.key not in sketched and not execute("ingest", known.key):
+        pool = find_ingested(ws, known)
+        if pool and why_held_back(ws, pool) and shown("pool", known.key) == pool.identity:
             held_back.append(known.key)
-
-    from dsel_assets.steps.cells import missing_strategies
-    from dsel_assets.steps.generation import current_generation
-    from dsel_assets.steps.verdict import find_verdict
+            continue
+        made = find_sketched(ws, pool) if pool else None
+        there = made is not None and shown("sketches", known.key) == made.sketches.identity
+        if not there and not execute("ingest", known.key):
+            held_back.append(known.key)
 
     generation = current_generation(ws)
     missing = missing_strategies(ws, generation)
-    for strategy in missing:
-        if not execute("select", strategy):
+    for strategy in task.strategies.chosen():
+        made_of = [cell.identities["metrics"] for cell in cells(ws, generation, strategy)]
+        there = strategy not in missing and shown("metrics", strategy) == data_version(made_of)
+        if not there and not execute("select", strategy):
             raise RuntimeError(
                 f"{task.name}: selecting by {strategy} failed; see the run in the UI"
             )
-    if (missing or runs or not find_verdict(ws, generation)) and not execute("compare"):
+    decided = find_verdict(ws, generation)
+    last = instance.get_runs(dg.RunsFilter(job_name=f"{task.name}_compare"), limit=1)
+    there = (
+        not runs
+        and decided is not None
+        and shown("verdict") == decided.identity
+        and [run.status for run in last] == [dg.DagsterRunStatus.SUCCESS]
+    )
+    if not there and not execute("compare"):
         raise RuntimeError(f"{task.name}: the comparison failed; see the run in the UI")
     return Outcome(runs, held_back)
+
+
+def _data_version(
+    instance: dg.DagsterInstance, asset: dg.AssetKey, partition: str | None
+) -> str | None:
+    """Of the last materialisation in Dagster's history; None when it never happened."""
+    which = dg.AssetRecordsFilter(asset, [partition] if partition else None)
+    for record in instance.fetch_materializations(which, limit=1).records:
+        assert record.asset_materialization is not None
+        return (record.asset_materialization.tags or {}).get(DATA_VERSION)
+    return None

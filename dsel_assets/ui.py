@@ -44,7 +44,9 @@ def serve(dagster_port: int, mlflow_port: int) -> int:
         )
         for name, command in commands.items()
     }
-    print(f"Dagster http://{HOST}:{dagster_port}   MLflow http://{HOST}:{mlflow_port}   Ctrl-C ends")
+    print(
+        f"Dagster http://{HOST}:{dagster_port}   MLflow http://{HOST}:{mlflow_port}   Ctrl-C ends"
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while all(process.poll() is None for process in processes.values()):

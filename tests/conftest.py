@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ TASK: dict[str, Any] = {
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, mapping by mapping."""
+    """`base` with `changes`, mapping by mapping; what is None goes."""
     both = dict(base)
     for key, value in changes.items():
         old = both.get(key)
         both[key] = (
             merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
         )
-    return both
+    return {key: value for key, value in both.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -185,3 +185,44 @@ def finished(
 def done(tmp_path: Path, finished: Callable[[Path], Lab]) -> Lab:
     """A folder in which the whole pipeline has run once."""
     return finished(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def original(
+    tmp_path_factory: pytest.TempPathFactory, furnished: Path, digits: list[Row]
+) -> tuple[Lab, Any]:
+    """A folder in which Dagster has run all jobs, and the outcome: one arrival is held back."""
+    import dagster as dg
+
+    from dsel_assets.runner import initialise, run
+
+    folder = tmp_path_factory.mktemp("ran")
+    shutil.copytree(furnished, folder, dirs_exist_ok=True)
+    lab = Lab(folder, digits)
+    broken = lab.land("a0.parquet", lab.rows(220, 250))
+    broken.write_bytes(broken.read_bytes()[:-100])
+    (folder / "dagster").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSEL_WORKERS", "1")
+        patch.setenv("DSEL_HOME", str(lab.home))
+        with dg.instance_for_test(temp_dir=str(folder / "dagster")) as instance:
+            initialise(instance)
+            outcome = run(lab.task(), instance)
+    return lab, outcome
+
+
+@pytest.fixture
+def ran(tmp_path: Path, original: tuple[Lab, Any]) -> Lab:
+    """A copy of the folder in which Dagster has run all jobs."""
+    shutil.copytree(original[0].folder, tmp_path, dirs_exist_ok=True)
+    return Lab(tmp_path, original[0].digits)
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[Any]:
+    """A Dagster instance in the test's folder; with `ran`, the one that ran."""
+    import dagster as dg
+
+    (tmp_path / "dagster").mkdir(exist_ok=True)
+    with dg.instance_for_test(temp_dir=str(tmp_path / "dagster")) as instance:
+        yield instance

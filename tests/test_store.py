@@ -178,9 +178,9 @@ def _race(root, barrier, content):
 
 def test_two_processes_that_write_the_same_both_get_one_valid_entry(tmp_path):
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
+    barrier = context.Barrier(2, timeout=30)
     racers = [
-        context.Process(target=_race, args=(tmp_path, barrier, letter * size))
+        context.Process(target=_race, args=(tmp_path, barrier, letter * size), daemon=True)
         for letter, size in (("a", 10), ("b", 20_000))
     ]
     for racer in racers:

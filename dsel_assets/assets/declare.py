@@ -33,6 +33,12 @@ def all_of(task: Task, name: str) -> dg.AssetDep:
     return dg.AssetDep(key(task, name), partition_mapping=dg.AllPartitionMapping())
 
 
+def data_version(artifacts: Iterable[str]) -> str:
+    """What Dagster knows artifacts by: the identity of the only one, or one made of all."""
+    distinct = sorted(set(artifacts))
+    return identity({"artifacts": distinct}) if len(distinct) > 1 else distinct[0]
+
+
 def result(
     task: Task,
     name: str,
@@ -46,12 +52,9 @@ def result(
     """
     made = [entries] if isinstance(entries, Entry) else list(entries)
     distinct = {entry.identity: entry for entry in made}
-    version = (
-        identity({"artifacts": sorted(distinct)}) if len(distinct) > 1 else next(iter(distinct))
-    )
     return dg.MaterializeResult(
         asset_key=key(task, name),
-        data_version=dg.DataVersion(version),
+        data_version=dg.DataVersion(data_version(distinct)),
         metadata={
             "dagster/row_count": sum(entry.manifest["rows"] for entry in distinct.values()),
             "artifacts": len(distinct),

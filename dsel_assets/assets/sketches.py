@@ -24,6 +24,7 @@ def sketches(task: Task) -> dg.AssetsDefinition:
                 group_name="gradients",
                 kinds={"pytorch", "parquet"},
                 skippable=True,
+                code_version="1",
                 description="Loss and gradient norm of each example at the base checkpoint; raw "
                 "gradients only below gradients.keep_raw_bytes. Zero or non-finite gradients are "
                 "in quarantine.",
@@ -34,6 +35,7 @@ def sketches(task: Task) -> dg.AssetsDefinition:
                 group_name="gradients",
                 kinds={"pytorch"},
                 skippable=True,
+                code_version="1",
                 description=f"Each gradient through one fixed linear operator: {spec.kind} into "
                 f"{spec.dim} dimensions, seed {spec.seed}. Only new arrivals are sketched.",
             ),

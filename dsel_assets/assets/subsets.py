@@ -28,6 +28,7 @@ def subsets(task: Task) -> dg.AssetsDefinition:
         partitions_def=strategy_partitions(task),
         group_name="selection",
         kinds={"pytorch", "parquet"},
+        code_version="1",
         description=f"The examples that a strategy chooses at budgets {task.budgets} with "
         f"{task.seeds} seeds, in order, with the scores that say why.",
     )

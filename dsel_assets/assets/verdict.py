@@ -23,8 +23,8 @@ def verdict(task: Task) -> dg.AssetsDefinition:
         code_version="1",
         pool="warehouse",
         description=f"Better, no difference shown, or worse than {rule.against}: {rule.metric} "
-        "paired by seed and example, a two-way bootstrap, Holm's correction at the promoted budget of "
-        f"{rule.budget}. Validation promotes a champion or keeps the one there is; test is "
+        "paired by seed and example, a two-way bootstrap, Holm's correction at the promoted budget "
+        f"of {rule.budget}. Validation promotes a champion or keeps the one there is; test is "
         "reported. The interval speaks about new seeds and new examples; pool, target set and base "
         "model are taken as they are.",
     )

@@ -9,9 +9,11 @@ table that no strategy reads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +84,7 @@ def arrivals() -> Iterator[tuple[str, pa.Table, pa.Table]]:
 
 def write_split(name: str, path: Path) -> None:
     """Write target, validation or test as a Parquet file."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
     pq.write_table(evaluation_split(name), part)
     part.rename(path)
 
@@ -94,13 +96,19 @@ def land(folder: Path, task: str) -> None:
     """
     if folder.exists():
         return
-    part = folder.with_name(folder.name + ".part")
-    (part / "truth").mkdir(parents=True, exist_ok=True)
-    for name, table, truth in arrivals():
-        pq.write_table(table, part / f"{name}.parquet")
-        truth = truth.add_column(0, "task", pa.array([task] * len(truth)))
-        pq.write_table(truth, part / "truth" / f"{name}.parquet")
-    part.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        part = Path(scratch) / folder.name
+        (part / "truth").mkdir(parents=True)
+        for name, table, truth in arrivals():
+            pq.write_table(table, part / f"{name}.parquet")
+            truth = truth.add_column(0, "task", pa.array([task] * len(truth)))
+            pq.write_table(truth, part / "truth" / f"{name}.parquet")
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
 
 
 def pretraining(copies: int = 4) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

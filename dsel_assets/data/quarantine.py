@@ -17,6 +17,8 @@ EMPTY: Final = "empty"
 NON_FINITE: Final = "non-finite"
 CONFLICTING_ID: Final = "conflicting id"
 LEAK: Final = "leak"
+ZERO_GRADIENT: Final = "zero gradient"
+NON_FINITE_GRADIENT: Final = "non-finite gradient"
 REASONS: Final = (
     UNREADABLE_FILE,
     BROKEN_LINE,
@@ -28,6 +30,8 @@ REASONS: Final = (
     NON_FINITE,
     CONFLICTING_ID,
     LEAK,
+    ZERO_GRADIENT,
+    NON_FINITE_GRADIENT,
 )
 
 QUARANTINE_SCHEMA: Final = pa.schema(

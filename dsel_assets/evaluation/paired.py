@@ -37,11 +37,13 @@ def paired_difference(
     is due to seeds is stretched by sqrt(S/(S-1)) * t_{S-1} / z (Hesterberg 2015, the expanded
     percentile interval). It speaks about new seeds and new examples of the same distribution; the
     pool, the target set and the base model are taken as they are. ValueError for fewer than two
-    seeds or examples.
+    seeds or examples, and for differences that are not finite.
     """
     seeds, examples = difference.shape
     if seeds < 2 or examples < 2:
         raise ValueError(f"needs at least 2 seeds and 2 examples, not {seeds} and {examples}")
+    if not np.isfinite(difference).all():
+        raise ValueError("the differences are not finite")
     values = difference.astype(np.float64)
     mean = float(values.mean())
     rng = np.random.default_rng(seed)

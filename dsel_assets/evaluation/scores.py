@@ -13,12 +13,15 @@ def scores(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> di
 
     probabilities [n, C], labels [n]. Macro-F1 averages over the classes that occur among the labels
     or the predictions. Calibration is the expected calibration error over 15 equal bins of the top
-    probability (Guo et al. 2017). ValueError for no rows.
+    probability (Guo et al. 2017). ValueError for no rows and for probabilities that are
+    not finite.
     """
     from sklearn.metrics import f1_score
 
     if len(labels) == 0:
         raise ValueError("no examples to score")
+    if not np.isfinite(probabilities).all():
+        raise ValueError("the probabilities are not finite: the training diverged; lower its rate")
     predicted = probabilities.argmax(1)
     correct = predicted == labels
     confidence = probabilities.max(1)

@@ -57,12 +57,12 @@ def gradient_blocks(
         rows = slice(start, min(start + block, len(inputs)))
         try:
             gradients, losses = per_example(trained, inputs[rows], labels[rows])
+            squares = [g.flatten(1).double().square().sum(1) for g in gradients.values()]
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error) or block == 1:
                 raise
             block //= 2
             continue
-        squares = [g.flatten(1).double().square().sum(1) for g in gradients.values()]
         norms = torch.stack(squares).sum(0).sqrt().float()
         yield GradientBlock(rows, gradients, losses.detach(), norms)
         start = rows.stop

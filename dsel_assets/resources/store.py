@@ -166,7 +166,7 @@ class Store:
         if final.is_dir() and not (final / MANIFEST).exists():
             shutil.rmtree(final, ignore_errors=True)
         for part in final.parent.glob(f"{final.name}.part-*"):
-            if not _alive(int(part.name.split("-")[1])):
+            if not alive(int(part.name.split("-")[1])):
                 shutil.rmtree(part, ignore_errors=True)
 
 
@@ -196,7 +196,8 @@ def _sealed(path: Path) -> dict[str, Any]:
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this machine has this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -77,9 +77,10 @@ def infer_weights(
     )
     batches = shuffled_batches(rows, batch_size, seed)
     total, squares, kept = torch.zeros(rows).double(), torch.zeros(rows).double(), 0
-    every = max(1, rows // batch_size)  # one sample a pass over the pool
+    every = max(1, rows // batch_size)  # one sample a pass over the pool, the last step among them
     # where a batch is much of the pool, a full step would overshoot the prior's narrow valley
     step_size = min(STEP, 16 * sigma**2 * max(1.0, rows / batch_size))
+    torch.manual_seed(seed)  # dropout, where a model has it
     model.train()
     for step in range(steps):
         batch = next(batches)
@@ -93,7 +94,7 @@ def infer_weights(
         here = weights[batch]
         noise = JITTER * torch.randn(len(batch), generator=generator)
         logits[batch] += noise - step_size * here * (1 - here) * force
-        if step >= steps // 2 and step % every == 0:
+        if step >= steps // 2 and (steps - 1 - step) % every == 0:
             weights = logits.sigmoid().double()
             total += weights
             squares += weights.square()

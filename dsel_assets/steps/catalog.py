@@ -60,7 +60,8 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
         "selected": of("subsets", dict.fromkeys(cell.identities["subsets"] for cell in every)),
         "pool": of("pool", [member.pool for member in generation.members]),
         "gradients": of("gradients", [member.gradients for member in generation.members]),
-        "quarantine": [pool.path / "quarantine.parquet" for pool in pools.values()],
+        "quarantine": [pool.path / "quarantine.parquet" for pool in pools.values()]
+        + of("gradients", [m.gradients for m in generation.members], "quarantine.parquet"),
     }
     relative = {
         name: [str(path.relative_to(ws.home)) for path in files] for name, files in paths.items()

@@ -10,7 +10,7 @@ from functools import lru_cache
 import pyarrow as pa
 from filelock import FileLock
 
-from dsel_assets.data import DIGEST_COLUMN, Examples, merge
+from dsel_assets.data import Examples, merge
 from dsel_assets.resources.store import Entry, StoreError, identity, write_json
 from dsel_assets.steps.arrivals import arrivals
 from dsel_assets.steps.pool import evaluation_set, held_back, pool_fields
@@ -113,7 +113,6 @@ def _load_pool(key: _Key) -> tuple[Examples, pa.Table, pa.Table]:
         )
     ]
     examples, duplicates, conflicts = merge(parts)
-    examples.columns.pop(DIGEST_COLUMN, None)
     return examples, duplicates, conflicts
 
 

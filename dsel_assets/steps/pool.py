@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from dsel_assets.data import (
     DIGEST_COLUMN,
     LEAK,
+    ROW_COLUMN,
     UNREADABLE_FILE,
     Contract,
     Examples,
@@ -88,11 +89,11 @@ def ingest(ws: Workspace, key: str) -> Entry:
     changed is read as soon as it is back.
     """
     known = arrival(ws, key)
+    if entry := find_ingested(ws, known):
+        return entry
     fields = pool_fields(ws, known)
-    if entry := ws.store.find(ws.task.name, "pool", fields):
-        if not entry.summary["lost"] or not holds(known.path, known.digest):
-            return entry
-        shutil.rmtree(entry.path)
+    if note_of_loss := ws.store.find(ws.task.name, "pool", fields):
+        shutil.rmtree(note_of_loss.path)
     lost = not holds(known.path, known.digest)
     evaluation = {split: evaluation_set(ws, split) for split in ws.splits}
     try:
@@ -108,7 +109,7 @@ def ingest(ws: Workspace, key: str) -> Entry:
     constants = {"task": ws.task.name, "arrival": key}
     with ws.store.write(ws.task.name, "pool", fields) as draft:
         _write(ws, draft, examples, constants)
-        pq.write_table(_with_constants(quarantine, constants), draft.path / "quarantine.parquet")
+        pq.write_table(with_constants(quarantine, constants), draft.path / "quarantine.parquet")
         draft.summary = {
             "lost": lost,
             "seen": found.seen,
@@ -121,6 +122,14 @@ def ingest(ws: Workspace, key: str) -> Entry:
             "sources": _counts(examples.groups.tolist()),
         }
     return draft.done
+
+
+def find_ingested(ws: Workspace, known: Arrival) -> Entry | None:
+    """What `ingest` gave, unless the file was lost then and is back now."""
+    entry = ws.store.find(ws.task.name, "pool", pool_fields(ws, known))
+    if entry and entry.summary.get("lost") and holds(known.path, known.digest):
+        return None
+    return entry
 
 
 def pool_fields(ws: Workspace, known: Arrival) -> dict[str, Any]:
@@ -158,7 +167,10 @@ def _load(path: str, identity: str) -> Examples:
         labels=rows["label"].to_numpy().copy(),  # Arrow's are read-only, which torch warns of
         groups=np.array(rows["source"].to_pylist(), dtype=np.str_),
         inputs=arrays["inputs"],
-        columns={DIGEST_COLUMN: np.array(rows[DIGEST_COLUMN].to_pylist(), dtype=np.str_)},
+        columns={
+            ROW_COLUMN: rows[ROW_COLUMN].to_numpy().copy(),
+            DIGEST_COLUMN: np.array(rows[DIGEST_COLUMN].to_pylist(), dtype=np.str_),
+        },
     )
 
 
@@ -174,14 +186,14 @@ def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str,
     rows = pa.table(
         {
             "example_id": examples.ids,
-            "row": examples.columns["row"],
+            ROW_COLUMN: examples.columns[ROW_COLUMN],
             "label": examples.labels,
             "label_name": [classes[label] for label in examples.labels],
             "source": examples.groups,
             DIGEST_COLUMN: examples.columns[DIGEST_COLUMN],
         }
     )
-    pq.write_table(_with_constants(rows, constants), draft.path / "rows.parquet")
+    pq.write_table(with_constants(rows, constants), draft.path / "rows.parquet")
     save_file({"inputs": np.ascontiguousarray(examples.inputs)}, draft.path / "inputs.safetensors")
     draft.rows = len(examples)
 
@@ -208,12 +220,13 @@ def _without_leaks(
             if clean[row]:
                 clean[row] = False
                 detail = f"{split} {known.ids[other]}, similarity {cosine:.3f}"
-                number = int(examples.columns["row"][row])
+                number = int(examples.columns[ROW_COLUMN][row])
                 refused.append((key, number, str(examples.ids[row]), LEAK, detail))
     return examples.take(clean), quarantine_table(refused)
 
 
-def _with_constants(table: pa.Table, constants: dict[str, str]) -> pa.Table:
+def with_constants(table: pa.Table, constants: dict[str, str]) -> pa.Table:
+    """The table with these text columns, one value each, in front."""
     for name, value in reversed(constants.items()):
         table = table.add_column(0, name, pa.array([value] * len(table), pa.string()))
     return table

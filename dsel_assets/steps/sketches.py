@@ -14,19 +14,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsel_assets.data import Examples
+from dsel_assets.data import (
+    NON_FINITE_GRADIENT,
+    ROW_COLUMN,
+    ZERO_GRADIENT,
+    Examples,
+    quarantine_table,
+)
 from dsel_assets.gradients import GradientBlock, gradient_blocks
 from dsel_assets.resources.rows import RowWriter, read_rows
 from dsel_assets.resources.store import Draft, Entry
-from dsel_assets.sketching import ModelSketch
+from dsel_assets.sketching import KINDS, ModelSketch
 from dsel_assets.steps.model import base_builder, gradient_space, trainable_shapes
-from dsel_assets.steps.pool import load_examples
+from dsel_assets.steps.pool import load_examples, with_constants
 from dsel_assets.steps.spectrum import hessian_spectrum
 from dsel_assets.steps.workspace import Workspace
 
 RAW = "raw.safetensors"
 SKETCHES = "sketches.safetensors"
-ZERO, NON_FINITE = "zero gradient", "non-finite gradient"
 
 
 class Sketched(NamedTuple):
@@ -47,7 +52,12 @@ def sketch_dimension(ws: Workspace) -> int:
 def sketch_space(ws: Workspace) -> dict[str, Any]:
     """The gradient space and its operator: sketches may be compared only if this is equal."""
     spec = ws.task.sketch
-    operator = {"kind": spec.kind, "dim": sketch_dimension(ws), "seed": spec.seed, "version": 1}
+    operator = {
+        "kind": spec.kind,
+        "dim": sketch_dimension(ws),
+        "seed": spec.seed,
+        "version": KINDS[spec.kind].version,
+    }
     return gradient_space(ws) | {"sketch": operator, "dtype": "float32"}
 
 
@@ -77,7 +87,8 @@ def sketch(ws: Workspace, examples: Entry) -> Sketched:
         draft = (
             None if sketches else stack.enter_context(store.write(task, "sketches", sketch_fields))
         )
-        _stream(ws, known, blocks, rows, draft)
+        made_of = examples.manifest["fields"]
+        _stream(ws, made_of.get("arrival") or made_of["split"], known, blocks, rows, draft)
     made_gradients = gradients or (rows.done if rows else None)
     made_sketches = sketches or (draft.done if draft else None)
     assert made_gradients is not None and made_sketches is not None
@@ -93,7 +104,7 @@ def find_sketched(ws: Workspace, examples: Entry) -> Sketched | None:
 
 
 def _fields(ws: Workspace, examples: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
-    made_of = {"examples": examples.identity, "version": 1}
+    made_of = {"examples": examples.identity, "version": 2}
     return made_of | {"space": gradient_space(ws)}, made_of | {"space": sketch_space(ws)}
 
 
@@ -106,7 +117,9 @@ def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
                 f"{sketched.manifest['fields']['space'][field]!r}, the task asks for {expected!r}"
             )
     if sketched.manifest["fields"]["examples"] != examples.identity:
-        raise ValueError(f"{sketched.path}: these are sketches of other examples, not {examples.path}")
+        raise ValueError(
+            f"{sketched.path}: these are sketches of other examples, not {examples.path}"
+        )
     known = load_examples(examples)
     ids = pq.read_table(sketched.file("ids.parquet"))["example_id"].to_pylist()
     place = {example_id: row for row, example_id in enumerate(known.ids)}
@@ -116,6 +129,7 @@ def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
 
 def _stream(
     ws: Workspace,
+    source: str,
     known: Examples,
     blocks: Iterator[GradientBlock],
     rows: Draft | None,
@@ -149,24 +163,37 @@ def _stream(
         draft.rows = int(usable.sum())
         draft.summary = {"dimension": sketch_dimension(ws), "parameters": width}
     if rows is not None:
-        _write_rows(ws, known, losses, norms, usable, rows)
+        _write_rows(ws, source, known, losses, norms, usable, rows)
         rows.summary |= {"parameters": width, "raw_kept": bool(keep)}
 
 
 def _write_rows(
     ws: Workspace,
+    source: str,
     known: Examples,
     losses: np.ndarray,
     norms: np.ndarray,
     usable: np.ndarray,
     draft: Draft,
 ) -> None:
-    task = pa.array([ws.task.name] * len(known), pa.string())
-    table = pa.table({"task": task, "example_id": known.ids, "loss": losses, "norm": norms})
-    reason = np.where(np.isfinite(norms) & np.isfinite(losses), ZERO, NON_FINITE)
-    refused = table.append_column("reason", pa.array(reason)).filter(pa.array(~usable))
-    pq.write_table(table.filter(pa.array(usable)), draft.path / "rows.parquet")
-    pq.write_table(refused, draft.path / "quarantine.parquet")
+    ids = known.ids.tolist()
+    table = pa.table({"example_id": ids, "loss": losses, "norm": norms})
+    refused = quarantine_table(
+        (
+            source,
+            int(known.columns[ROW_COLUMN][i]),
+            ids[i],
+            ZERO_GRADIENT if norms[i] == 0 else NON_FINITE_GRADIENT,
+            f"loss {losses[i]}, norm {norms[i]}",
+        )
+        for i in np.flatnonzero(~usable)
+    )
+    task = {"task": ws.task.name}
+    good = with_constants(table.filter(pa.array(usable)), task)
+    pq.write_table(good, draft.path / "rows.parquet")
+    pq.write_table(
+        with_constants(refused, task | {"arrival": source}), draft.path / "quarantine.parquet"
+    )
     draft.rows = int(usable.sum())
     draft.summary = {
         "quarantined": len(refused),

@@ -16,12 +16,15 @@ from dsel_assets.steps.generation import Generation, load_pool, load_target
 from dsel_assets.steps.model import base_builder, trainable_shapes
 from dsel_assets.steps.parallel import each
 from dsel_assets.steps.workspace import Workspace
+from dsel_assets.task import warn_about_budgets
 
 
 def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
     """The selections of a strategy's cells, in the order of `cells`; only missing ones are made."""
     every = list(cells(ws, generation, strategy))
     missing = ws.store.missing(ws.task.name, "subsets", [cell.selection for cell in every])
+    if missing:
+        warn_about_budgets(ws.task, len(load_pool(ws, generation)[0]))
     by_seed: dict[int, list[Cell]] = {}
     for cell in every:
         if cell.identities["subsets"] in missing:
@@ -40,7 +43,8 @@ def _select(ws: Workspace, generation: Generation, strategy: str, group: list[Ce
     )
     for cell in group:
         with ws.store.write(ws.task.name, "subsets", cell.selection) as draft:
-            chosen = selector.select(pool, target, Budget(cell.budget), seed=cell.seed)
+            budget = Budget(min(cell.budget, len(pool)))
+            chosen = selector.select(pool, target, budget, seed=cell.seed)
             table = _table(ws, cell.identities["subsets"], chosen)
             pq.write_table(table, draft.path / "rows.parquet")
             draft.rows = len(chosen.ids)

@@ -325,7 +325,7 @@ def test_the_given_arrays_are_left_as_they_were(name):
         return [getattr(given, part).tobytes() for part in ("ids", "labels", "inputs", "sketches")]
 
     before = bits(POOL), bits(TARGET)
-    select(name, 5, constraints=Constraints(required=frozenset(POOL.ids[:2])))
+    select(name, 5, constraints=Constraints(forbidden=frozenset(POOL.ids[:2])))
     assert (bits(POOL), bits(TARGET)) == before
 
 

@@ -53,7 +53,7 @@ def test_same_stem_with_two_endings_are_two_arrivals(lab: Any) -> None:
 
 WEIRD = [
     "größe ✓.jsonl",
-    "it's \"quoted\" `$(x)`.jsonl",
+    'it\'s "quoted" `$(x)`.jsonl',
     "..%2F..%2Fetc.jsonl",
     "...jsonl",
     "a|b,c;d&e...f.jsonl",

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dsel_assets.steps.cells import cells
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.verdict import champion, compare, promote, verdict_identity
+
+ROW = {
+    "split": "validation",
+    "budget": 10,
+    "diff": 0.02,
+    "diff_low": 0.01,
+    "diff_high": 0.03,
+    "p": 0.01,
+    "p_holm": 0.02,
+    "metric": "accuracy",
+    "confidence": 0.95,
+    "corrected": True,
+    "task": "tiny",
+    "generation": 1,
+}
+
+
+def decided(ws: Any, *rows: dict[str, Any]) -> Any:
+    """A verdict with these rows, the rest as in ROW."""
+    content = [ROW | row for row in rows]
+    with ws.store.write("tiny", "verdict", {"made by": "the test", "rows": content}) as draft:
+        pq.write_table(pa.Table.from_pylist(content), draft.path / "comparisons.parquet")
+    return draft.done
+
+
+def log(ws: Any) -> list[dict[str, Any]]:
+    path = ws.store.folder("tiny", "champion") / "promotions.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+SAME = "no difference shown"
+
+
+def test_nothing_better_promotes_nothing(done: Any) -> None:
+    ws = done.workspace()
+    before = champion(ws)
+    rows = [{"strategy": "itl", "verdict": SAME}, {"strategy": "skmm", "verdict": "worse"}]
+    assert promote(ws, current_generation(ws), decided(ws, *rows)) == before
+    assert champion(ws) == before
+
+
+def test_the_best_of_the_better_becomes_champion_once(done: Any) -> None:
+    ws = done.workspace()
+    generation, before = current_generation(ws), len(log(ws))
+    verdict = decided(
+        ws,
+        {"strategy": "itl", "verdict": "better", "diff": 0.01},
+        {"strategy": "skmm", "verdict": "better", "diff": 0.05},
+        {"strategy": "bads", "verdict": SAME, "diff": 0.5},
+    )
+    chosen = promote(ws, generation, verdict)
+    assert chosen is not None and chosen["strategy"] == "skmm"
+    cell = next(c for c in cells(ws, generation, "skmm") if c.budget == 10 and c.seed == 0)
+    assert chosen["selection"] == cell.identities["subsets"]
+    assert chosen["checkpoint"] == cell.identities["checkpoints"]
+    assert chosen["verdict"] == verdict.identity
+    for _ in range(2):
+        assert promote(ws, generation, verdict) == chosen == champion(ws)
+    assert len(log(ws)) == before + 1 and log(ws)[-1] == chosen
+
+
+def test_a_champion_stays_until_something_is_better(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    first = promote(ws, generation, decided(ws, {"strategy": "skmm", "verdict": "better"}))
+    assert promote(ws, generation, decided(ws, {"strategy": "itl", "verdict": SAME})) == first
+    second = promote(ws, generation, decided(ws, {"strategy": "itl", "verdict": "better"}))
+    assert second is not None and second["strategy"] == "itl"
+    assert [line["strategy"] for line in log(ws)][-2:] == ["skmm", "itl"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"split": "test"},
+        {"budget": 5},
+        {"strategy": "full"},
+        {"strategy": "target_only"},
+    ],
+)
+def test_what_may_not_promote(done: Any, row: dict[str, Any]) -> None:
+    ws = done.workspace()
+    before = champion(ws)
+    row = {"strategy": "itl", "verdict": "better"} | row
+    assert promote(ws, current_generation(ws), decided(ws, row)) == before
+
+
+def test_the_verdict_depends_on_every_cell_and_the_rule(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    found = compare(ws, generation)
+    assert found.reused and found.identity == verdict_identity(ws, generation)
+    for changes in ({"promote": {"confidence": 0.9}}, {"promote": {"budget": 5}}, {"seeds": 3}):
+        other = done.workspace(**changes)
+        assert verdict_identity(other, generation) != found.identity
+    assert compare(done.workspace(promote={"budget": 5}), generation).manifest["rows"] == 2 * 2 * 5
+
+
+def test_a_strategy_is_compared_on_the_same_examples(done: Any) -> None:
+    ws = done.workspace()
+    rows = pq.read_table(compare(ws, current_generation(ws)).file("comparisons.parquet"))
+    rows = rows.to_pylist()
+    assert {row["strategy"] for row in rows} == {"full", "target_only", "skmm", "bads", "itl"}
+    assert {(row["split"], row["budget"]) for row in rows} == {
+        (split, budget) for split in ("validation", "test") for budget in (5, 10)
+    }
+    for row in rows:
+        assert row["diff_low"] <= row["diff"] <= row["diff_high"]
+        assert row["corrected"] == (row["budget"] == 10)
+        assert row["p_holm"] >= row["p"]

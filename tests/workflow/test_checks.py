@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dsel_assets.build import build
+from dsel_assets.runner import resources
+from dsel_assets.steps.arrivals import landed, register
+from dsel_assets.steps.cells import cells
+from dsel_assets.steps.generation import current_generation, members
+
+SQL = Path(__file__).parents[2] / "dbt_like_sql"
+
+
+def execute(
+    task: Any, instance: Any, job: str, partition: str | None = None, only: str | None = None
+) -> Any:
+    defs = dg.Definitions.merge(
+        build(task, SQL), dg.Definitions(resources=resources(), executor=dg.in_process_executor)
+    )
+    instance.add_dynamic_partitions("tiny_arrivals", [partition] if job == "ingest" else [])
+    return defs.resolve_job_def(f"tiny_{job}").execute_in_process(
+        partition_key=partition,
+        instance=instance,
+        raise_on_error=False,
+        asset_selection=[dg.AssetKey(["tiny", only])] if only else None,
+    )
+
+
+def register_all(lab: Any) -> None:
+    for file in landed(lab.workspace()):
+        register(lab.workspace(), file)
+
+
+def checked(result: Any) -> dict[str, bool]:
+    return {f.check_name: f.passed for f in result.get_asset_check_evaluations()}
+
+
+def materialised(result: Any) -> set[str]:
+    return {event.asset_key.path[-1] for event in result.get_asset_materialization_events()}
+
+
+@pytest.fixture
+def instance() -> Any:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["pool", "gradients", "sketches"])
+def test_a_damaged_artifact_stops_the_selection(done: Any, instance: Any, kind: str) -> None:
+    ws = done.workspace()
+    entry = ws.store.entry("tiny", kind, getattr(current_generation(ws).members[0], kind))
+    damage(entry.path / max(entry.manifest["files"]))
+    result = execute(done.task(), instance, "select", "random")
+    assert not result.success
+    assert checked(result) == {"fit": False}
+    assert materialised(result) == set()
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "no manifest"])
+def test_a_sketch_file_that_is_not_whole_stops_the_selection(
+    done: Any, instance: Any, how: str
+) -> None:
+    ws = done.workspace()
+    *_, (_, _, sketches) = members(ws, current_generation(ws))
+    path = sketches.file("sketches.safetensors")
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif how == "gone":
+        path.unlink()
+    else:
+        (sketches.path / "manifest.json").write_text("{")
+    result = execute(done.task(), instance, "select", "random")
+    assert not result.success and materialised(result) == set()
+
+
+def test_a_whole_generation_fits(done: Any, instance: Any) -> None:
+    result = execute(done.task(), instance, "select", "random")
+    assert result.success and checked(result) == {"fit": True}
+    assert materialised(result) == {"subsets", "checkpoints", "metrics"}
+
+
+def test_duplicates_and_conflicts_across_arrivals_fit(lab: Any, instance: Any) -> None:
+    lab.land("c.jsonl", lab.rows(150, 180))
+    task = lab.task()
+    register_all(lab)
+    for key in ("a", "c"):
+        assert execute(task, instance, "ingest", key).success
+    result = execute(task, instance, "select", "full")
+    assert result.success
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert evaluation.metadata["duplicates"].value == 10
+
+
+def test_missing_metrics_stop_the_verdict(done: Any, instance: Any) -> None:
+    ws = done.workspace()
+    shutil.rmtree(done.home / "store" / "tiny" / "verdict")
+    cell = next(iter(cells(ws, current_generation(ws), "skmm")))
+    shutil.rmtree(ws.store.get("tiny", "metrics", cell.metric).path)
+    result = execute(done.task(), instance, "compare")
+    assert not result.success
+    assert checked(result) == {"complete": False}
+    assert materialised(result) == set()
+    assert not (done.home / "store" / "tiny" / "verdict").exists()
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert evaluation.metadata["missing"].value == "skmm at 5, seed 0"
+
+
+def test_all_metrics_give_a_verdict(done: Any, instance: Any) -> None:
+    resources()["warehouse"].initialise()
+    result = execute(done.task(), instance, "compare")
+    assert result.success
+    found = checked(result)
+    assert found.pop("complete") and all(found.values())
+    assert {"verdict", "leaderboard", "budget_curve"} <= materialised(result)
+
+
+def test_an_unreadable_arrival_is_not_differentiated(lab: Any, instance: Any) -> None:
+    (lab.landing / "bad.parquet").write_bytes(b"PAR1 nothing PAR1")
+    register_all(lab)
+    result = execute(lab.task(), instance, "ingest", "bad")
+    assert not result.success
+    assert not checked(result)["usable"]
+    assert not materialised(result) & {"gradients", "sketches", "hessian_spectrum"}
+
+
+def test_leaks_are_a_warning(lab: Any, instance: Any) -> None:
+    lab.land("c.jsonl", lab.rows(220, 250) + lab.rows(60, 62))
+    register_all(lab)
+    result = execute(lab.task(), instance, "ingest", "c")
+    assert result.success
+    assert checked(result)["no_leaks"] is False and checked(result)["usable"]
+
+
+def test_sets_that_overlap_stop_everything(lab: Any, instance: Any) -> None:
+    lab.land("../test.parquet", lab.rows(49, 90))
+    register_all(lab)
+    result = execute(lab.task(), instance, "ingest", "a")
+    assert not result.success and checked(result) == {"apart": False}
+    assert "pool" not in materialised(result)
+
+
+@pytest.mark.parametrize("name", ["sketches", "gradients"])
+def test_either_output_of_the_pass_alone(lab: Any, instance: Any, name: str) -> None:
+    register_all(lab)
+    result = execute(lab.task(), instance, "ingest", "a", only=name)
+    assert result.success and materialised(result) == {name}

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dsel_assets import runner
+from dsel_assets.automation import NOT_FINISHED
+from dsel_assets.build import build
+from dsel_assets.resources.tracking import Tracking
+from dsel_assets.resources.warehouse import Warehouse
+from dsel_assets.steps.cells import cells
+from dsel_assets.steps.generation import current_generation
+
+SUCCESS, FAILURE = dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE
+FEW = {"strategies": {name: None for name in ("target_only", "skmm", "bads", "itl")}}
+
+
+def query(lab: Any, sql: str) -> list[Any]:
+    with Warehouse(lab.home / "warehouse.duckdb").connect(read_only=True) as warehouse:
+        return warehouse.execute(sql).fetchall()
+
+
+def test_all_jobs_run_and_a_bad_arrival_stops_nothing(original: Any) -> None:
+    lab, outcome = original
+    # three arrivals, six strategies, one comparison
+    assert outcome.runs == 3 + 6 + 1 and outcome.held_back == ["a0"]
+    ws = lab.workspace()
+    assert [m.arrival for m in current_generation(ws).members] == ["a", "b"]
+
+
+def test_dagster_knows_what_happened(ran: Any, instance: Any) -> None:
+    statuses = [run.status for run in instance.get_runs()]
+    assert statuses.count(FAILURE) == 1 and statuses.count(SUCCESS) == 9
+    arrived = instance.get_materialized_partitions(dg.AssetKey(["tiny", "pool"]))
+    sketched = instance.get_materialized_partitions(dg.AssetKey(["tiny", "sketches"]))
+    assert arrived == {"a", "b", "a0"} and sketched == {"a", "b"}
+    evaluated = instance.get_materialized_partitions(dg.AssetKey(["tiny", "metrics"]))
+    assert evaluated == {"random", "full", "target_only", "skmm", "bads", "itl"}
+
+
+def test_a_second_call_runs_nothing(ran: Any, instance: Any) -> None:
+    outcome = runner.run(ran.task(), instance)
+    assert outcome.runs == 0 and outcome.held_back == ["a0"]
+
+
+def test_the_warehouse_has_the_leaderboard(ran: Any) -> None:
+    rows = query(ran, "select strategy, budget, generation, seeds, verdict from leaderboard")
+    assert len(rows) == 6 * 2
+    assert {row[2:4] for row in rows} == {(1, 2)}
+    held_back = query(ran, "select arrival, held_back from arrivals where held_back != ''")
+    assert held_back == [("a0", "the file can't be read")]
+    assert query(ran, "select arrival, reason from quarantine") == [("a0", "unreadable file")]
+    assert query(ran, "select count(*) from pool") == [(120,)]
+
+
+def test_mlflow_has_a_parent_and_a_child_a_cell(ran: Any) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(Tracking.at(ran.home).uri)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1 and len(children) == 24
+    ws = ran.workspace()
+    expected = {cell.identities["metrics"] for cell in cells(ws, current_generation(ws))}
+    assert {run.data.tags["dsel.metric"] for run in children} == expected
+    for run in children:
+        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        assert run.data.tags["dagster.asset_key"] == "tiny/metrics"
+
+
+def test_a_new_arrival_makes_a_generation(ran: Any, instance: Any) -> None:
+    ran.land("c.jsonl", ran.rows(250, 280))
+    task = ran.task(**FEW)
+    outcome = runner.run(task, instance)
+    assert outcome.runs == 1 + 2 + 1 and outcome.held_back == ["a0"]
+    found = query(ran, "select generation, count(*) from leaderboard group by 1 order by 1")
+    assert found == [(1, 12), (2, 4)]
+    assert runner.run(task, instance).runs == 0
+
+
+def test_another_seed_runs_what_it_needs(ran: Any, instance: Any) -> None:
+    outcome = runner.run(ran.task(seeds=3, **FEW), instance)
+    assert outcome.runs == 2 + 1
+    assert query(ran, "select distinct seeds from leaderboard") == [(3,)]
+
+
+def test_going_back_to_an_earlier_task_shows_it_again(ran: Any, instance: Any) -> None:
+    """All is in the store, but the leaderboard is of the other task."""
+    task = ran.task(promote={"budget": 5})
+    assert runner.run(task, instance).runs == 1
+    assert runner.run(ran.task(), instance).runs == 1
+    corrected = "select distinct budget from comparisons where corrected"
+    assert query(ran, corrected) == [(10,)]
+    assert runner.run(ran.task(), instance).runs == 0
+
+
+def test_another_space_is_sketched_again(ran: Any, instance: Any) -> None:
+    task = ran.task(sketch={"seed": 1}, **FEW)
+    outcome = runner.run(task, instance)
+    assert outcome.held_back == ["a0"]
+    assert current_generation(ran.workspace(sketch={"seed": 1}, **FEW)).number == 2
+    assert runner.run(task, instance).runs == 0
+
+
+def test_a_comparison_that_died_is_done_again(
+    ran: Any, instance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdict is in the store, its tables are not in the warehouse."""
+    task = ran.task(seeds=3, **FEW)
+
+    def dies(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Warehouse, "publish_views", dies)
+        with pytest.raises(RuntimeError, match="the comparison failed"):
+            runner.run(task, instance)
+    assert query(ran, "select distinct seeds from leaderboard") == [(2,)]
+    assert runner.run(task, instance).runs == 1
+    assert query(ran, "select distinct seeds from leaderboard") == [(3,)]
+
+
+def test_a_store_without_history_is_shown(ran: Any) -> None:
+    """Dagster's history is lost: every job runs once more, and makes nothing."""
+    before = {path for path in (ran.home / "store").rglob("manifest.json")}
+    with dg.DagsterInstance.ephemeral() as fresh:
+        runner.run(ran.task(), fresh)
+        assert len(fresh.get_materialized_partitions(dg.AssetKey(["tiny", "metrics"]))) == 6
+    assert {path for path in (ran.home / "store").rglob("manifest.json")} == before
+
+
+def test_mlflow_being_down_fails_no_run(
+    lab: Any, instance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSEL_MLFLOW_URI", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.warns(UserWarning, match="not in MLflow"):
+        runner.initialise(instance)
+    with pytest.warns(UserWarning, match="not in MLflow: tiny, generation 1: runs of random"):
+        outcome = runner.run(lab.task(**FEW), instance)
+    assert outcome.held_back == [] and outcome.runs == 2 + 2 + 1
+    assert len(query(lab, "select * from leaderboard")) == 4
+    assert time.monotonic() - started < 60
+
+
+RUN = """
+import sys
+import dagster as dg
+from dsel_assets.runner import run
+from dsel_assets.task import load_task
+with dg.instance_for_test(temp_dir=sys.argv[2]) as instance:
+    run(load_task(sys.argv[1]), instance)
+"""
+
+
+def test_a_killed_run_holds_up_nothing(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSEL_MLFLOW_URI", "http://127.0.0.1:9")
+    task, history = lab.task(**FEW), str(tmp_path / "dagster")
+    Path(history).mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(lab.folder / "tiny.yaml"), history],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(lab.home.glob("store/tiny/checkpoints/*/manifest.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    with dg.instance_for_test(temp_dir=history) as instance:
+        unfinished = dg.RunsFilter(statuses=NOT_FINISHED)
+        assert instance.get_runs_count(unfinished) == 1
+        with pytest.warns(UserWarning, match="not in MLflow"):
+            runner.initialise(instance)
+            assert instance.get_runs_count(unfinished) == 0
+            assert runner.run(task, instance).held_back == []
+        assert runner.run(task, instance).runs == 0
+
+
+def test_a_run_of_a_living_process_is_left_alone(instance: Any, lab: Any) -> None:
+    defs = dg.Definitions.merge(
+        build(lab.task(), runner.ROOT / "dbt_like_sql"),
+        dg.Definitions(resources=runner.resources()),
+    )
+    job = defs.resolve_job_def("tiny_ingest")
+    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    instance.report_engine_event("at work", run)
+    runner.end_leftovers(instance)
+    assert instance.get_run_by_id(run.run_id).status is dg.DagsterRunStatus.STARTED
+
+
+def test_nothing_landed(lab: Any, instance: Any) -> None:
+    for path in lab.landing.iterdir():
+        path.unlink()
+    runner.initialise(instance)
+    with pytest.raises(Exception, match="no arrival is sketched yet"):
+        runner.run(lab.task(), instance)
