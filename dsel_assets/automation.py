@@ -79,7 +79,8 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
                     context.log.info(f"{file.path}: {entered.key if entered else 'known content'}")
         done = context.instance.get_materialized_partitions(key(task, "sketches"))
         waiting = [a for a in arrivals(ws) if a.key not in done and a.key not in before["asked"]]
-        cursor = {"seen": seen, "still": still, "asked": before["asked"] + [a.key for a in waiting]}
+        asked = [known for known in before["asked"] if known not in done]
+        cursor = {"seen": seen, "still": still, "asked": asked + [a.key for a in waiting]}
         return dg.SensorResult(
             run_requests=[
                 dg.RunRequest(partition_key=a.key, run_key=f"{a.key}-{a.digest}") for a in waiting

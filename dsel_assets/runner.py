@@ -23,6 +23,7 @@ from dsel_assets.task import Task
 
 ROOT = Path(__file__).parent.parent
 DATA_VERSION = "dagster/data_version"  # the tag under which Dagster keeps it
+LOGGED = "mlflow"  # the metadata that an asset has once its runs are in MLflow
 QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
 
 
@@ -104,25 +105,31 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     from dsel_assets.steps.sketches import find_sketched
     from dsel_assets.steps.verdict import find_verdict
 
-    def shown(asset: str, partition: str | None = None) -> str | None:
-        return _data_version(instance, key(task, asset), partition)
+    def shown(asset: str, version: str, partition: str | None = None, logged: bool = False) -> bool:
+        """Say whether Dagster's history holds this version, and MLflow, where it should."""
+        last = _last_materialization(instance, key(task, asset), partition)
+        return (
+            last is not None
+            and (last.tags or {}).get(DATA_VERSION) == version
+            and (not logged or LOGGED in last.metadata)
+        )
 
     held_back = []
     for known in arrivals(ws):
         pool = find_ingested(ws, known)
-        if pool and why_held_back(ws, pool) and shown("pool", known.key) == pool.identity:
+        if pool and why_held_back(ws, pool) and shown("pool", pool.identity, known.key):
             held_back.append(known.key)
             continue
         made = find_sketched(ws, pool) if pool else None
-        there = made is not None and shown("sketches", known.key) == made.sketches.identity
+        there = made is not None and shown("sketches", made.sketches.identity, known.key)
         if not there and not execute("ingest", known.key):
             held_back.append(known.key)
 
     generation = current_generation(ws)
     missing = missing_strategies(ws, generation)
     for strategy in task.strategies.chosen():
-        made_of = [cell.identities["metrics"] for cell in cells(ws, generation, strategy)]
-        there = strategy not in missing and shown("metrics", strategy) == data_version(made_of)
+        version = data_version(c.identities["metrics"] for c in cells(ws, generation, strategy))
+        there = strategy not in missing and shown("metrics", version, strategy, logged=True)
         if not there and not execute("select", strategy):
             raise RuntimeError(
                 f"{task.name}: selecting by {strategy} failed; see the run in the UI"
@@ -132,7 +139,7 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     there = (
         not runs
         and decided is not None
-        and shown("verdict") == decided.identity
+        and shown("verdict", decided.identity, logged=True)
         and [run.status for run in last] == [dg.DagsterRunStatus.SUCCESS]
     )
     if not there and not execute("compare"):
@@ -140,12 +147,9 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     return Outcome(runs, held_back)
 
 
-def _data_version(
+def _last_materialization(
     instance: dg.DagsterInstance, asset: dg.AssetKey, partition: str | None
-) -> str | None:
-    """Of the last materialisation in Dagster's history; None when it never happened."""
+) -> dg.AssetMaterialization | None:
     which = dg.AssetRecordsFilter(asset, [partition] if partition else None)
-    for record in instance.fetch_materializations(which, limit=1).records:
-        assert record.asset_materialization is not None
-        return (record.asset_materialization.tags or {}).get(DATA_VERSION)
-    return None
+    records = instance.fetch_materializations(which, limit=1).records
+    return records[0].asset_materialization if records else None

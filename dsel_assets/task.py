@@ -259,6 +259,11 @@ class Task(_Spec):
                 raise ValueError("finetune.include_target: there is no target; set it to false")
         if self.strategies.target_only is not None and not self.finetune.include_target:
             raise ValueError("strategies.target_only: needs finetune.include_target: true")
+        sides = self.pool.columns.shape
+        if self.model.name == "small_cnn" and (len(sides) != 2 or any(s % 4 for s in sides)):
+            raise ValueError(
+                f"pool.schema.shape: small_cnn needs two sides divisible by 4, not {sides}"
+            )
         if self.schedule is not None and len(self.schedule.split()) != 5:
             raise ValueError('schedule: a cron line of five fields, e.g. "0 6 * * 1"')
         return self
@@ -306,7 +311,13 @@ def shortened(task: Task) -> Task:
         strategies = strategies.model_copy(update={"bads": bads})
     finetune = task.finetune.model_copy(update={"steps": min(40, task.finetune.steps)})
     return task.model_copy(
-        update={"budgets": budgets, "seeds": 2, "finetune": finetune, "strategies": strategies}
+        update={
+            "name": f"{task.name}_quick",  # its champion and its tables are not the task's
+            "budgets": budgets,
+            "seeds": 2,
+            "finetune": finetune,
+            "strategies": strategies,
+        }
     )
 
 

@@ -15,7 +15,7 @@ MINIMAL = {
     "pool": {"landing": "landing", "schema": {"shape": [4], "classes": 2}},
     "validation": {"source": "v.parquet"},
     "test": {"source": "t.parquet"},
-    "model": {"base": "base.safetensors"},
+    "model": {"name": "mlp", "base": "base.safetensors"},
     "finetune": {"include_target": False},
     "budgets": [5, 10],
     "promote": {"budget": 10},
@@ -252,6 +252,17 @@ def test_shortening_lengthens_nothing(load):
     short = shortened(load(content))
     assert short.finetune.steps == 3
     assert short.settings("bads")["steps"] == 20
+
+
+def test_a_short_run_leaves_the_task_alone(load):
+    assert shortened(load(MINIMAL)).name == "letters_quick"
+
+
+@pytest.mark.parametrize("shape", [[4], [28, 30], [3, 28, 28]])
+def test_a_shape_that_the_model_cannot_take_is_refused(load, shape):
+    content = changed("pool.schema.shape", shape, changed("model.name", "small_cnn"))
+    with pytest.raises(TaskError, match=r"pool\.schema\.shape: small_cnn needs two sides"):
+        load(content)
 
 
 def test_budgets_that_the_pool_cannot_fill_are_told(load):

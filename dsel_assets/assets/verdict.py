@@ -55,6 +55,12 @@ def verdict(task: Task) -> dg.AssetsDefinition:
             "differences": differences(test),
         }
         board = leaderboard(rows, test)
+        metadata = {
+            "generation": generation.number,
+            "champion": champion["strategy"] if champion else "none",
+            "leaderboard": table([row for row in board if row["budget"] == rule.budget]),
+            **{name: picture(png) for name, png in figures.items()},
+        }
         with best_effort(f"{task.name}, generation {generation.number}: leaderboard"):
             means = {f"accuracy/{r['strategy']}:{r['budget']}": r["accuracy"] for r in board}
             tracking.log_summary(
@@ -64,17 +70,8 @@ def verdict(task: Task) -> dg.AssetsDefinition:
                 checkpoint = ws.store.entry(task.name, "checkpoints", champion["checkpoint"])
                 assert checkpoint is not None
                 tracking.register_champion(task.name, champion, checkpoint.file(WEIGHTS))
-        return result(
-            task,
-            "verdict",
-            decided,
-            {
-                "generation": generation.number,
-                "champion": champion["strategy"] if champion else "none",
-                "leaderboard": table([row for row in board if row["budget"] == rule.budget]),
-                **{name: picture(png) for name, png in figures.items()},
-            },
-        )
+            metadata["mlflow"] = dg.MetadataValue.url(tracking.url(task.name))
+        return result(task, "verdict", decided, metadata)
 
     return verdict
 

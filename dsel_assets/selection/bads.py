@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -93,7 +94,8 @@ def infer_weights(
         force = losses.detach() + (weights.mean() - beta) / sigma**2
         here = weights[batch]
         noise = JITTER * torch.randn(len(batch), generator=generator)
-        logits[batch] += noise - step_size * here * (1 - here) * force
+        # a batch at the seam of two passes may hold a row twice, and both count
+        logits.index_add_(0, batch, noise - step_size * here * (1 - here) * force)
         if step >= steps // 2 and (steps - 1 - step) % every == 0:
             weights = logits.sigmoid().double()
             total += weights
@@ -136,7 +138,7 @@ class Bads(Selector):
     ) -> Choice:
         """The first n of the ranking, which depends on the seed and not on the budget."""
         assert target is not None
-        key = (seed, *(hash(part.tobytes()) for part in (pool.ids, pool.labels, target.ids)))
+        key = (seed, *(_digest(part) for e in (pool, target) for part in (e.inputs, e.labels)))
         known = self._chain is not None and self._chain.key == key
         if not known:
             self._chain = self._run(key, pool, target, seed)
@@ -149,7 +151,7 @@ class Bads(Selector):
             spent=self._chain.seconds if known else 0.0,
         )
 
-    def _run(self, key: tuple[int, ...], pool: Examples, target: Examples, seed: int) -> _Chain:
+    def _run(self, key: tuple[Any, ...], pool: Examples, target: Examples, seed: int) -> _Chain:
         assert pool.inputs is not None and target.inputs is not None
         started = time.perf_counter()
         model = self.model()
@@ -174,7 +176,12 @@ class Bads(Selector):
 
 @dataclass(frozen=True)
 class _Chain:
-    key: tuple[int, ...]
+    key: tuple[Any, ...]
     weights: Weights
     ranking: NDArray[np.int64]
     seconds: float
+
+
+def _digest(values: NDArray | None) -> bytes:
+    assert values is not None
+    return blake2b(np.ascontiguousarray(values).data).digest()

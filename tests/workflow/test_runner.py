@@ -138,7 +138,7 @@ def test_a_store_without_history_is_shown(ran: Any) -> None:
     assert {path for path in (ran.home / "store").rglob("manifest.json")} == before
 
 
-def test_mlflow_being_down_fails_no_run(
+def test_mlflow_being_down_fails_no_run_and_is_made_good(
     lab: Any, instance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DSEL_MLFLOW_URI", "http://127.0.0.1:9")
@@ -151,6 +151,14 @@ def test_mlflow_being_down_fails_no_run(
     assert len(query(lab, "select * from leaderboard")) == 4
     assert time.monotonic() - started < 60
 
+    monkeypatch.delenv("DSEL_MLFLOW_URI")
+    made = {path for path in (lab.home / "store").rglob("manifest.json")}
+    assert runner.run(lab.task(**FEW), instance).runs == 2 + 1, (
+        "both strategies, then the comparison"
+    )
+    assert {path for path in (lab.home / "store").rglob("manifest.json")} == made
+    assert runner.run(lab.task(**FEW), instance).runs == 0
+
 
 RUN = """
 import sys
@@ -162,10 +170,7 @@ with dg.instance_for_test(temp_dir=sys.argv[2]) as instance:
 """
 
 
-def test_a_killed_run_holds_up_nothing(
-    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DSEL_MLFLOW_URI", "http://127.0.0.1:9")
+def test_a_killed_run_holds_up_nothing(lab: Any, tmp_path: Path) -> None:
     task, history = lab.task(**FEW), str(tmp_path / "dagster")
     Path(history).mkdir()
     process = subprocess.Popen(
@@ -182,10 +187,9 @@ def test_a_killed_run_holds_up_nothing(
     with dg.instance_for_test(temp_dir=history) as instance:
         unfinished = dg.RunsFilter(statuses=NOT_FINISHED)
         assert instance.get_runs_count(unfinished) == 1
-        with pytest.warns(UserWarning, match="not in MLflow"):
-            runner.initialise(instance)
-            assert instance.get_runs_count(unfinished) == 0
-            assert runner.run(task, instance).held_back == []
+        runner.initialise(instance)
+        assert instance.get_runs_count(unfinished) == 0
+        assert runner.run(task, instance).held_back == []
         assert runner.run(task, instance).runs == 0
 
 
