@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +22,15 @@ LEADERBOARD = """
     qualify generation = max(generation) over ()
     order by budget, mean desc
 """
+COLUMNS = (
+    "budget",
+    "strategy",
+    "accuracy",
+    "vs random",
+    "verdict",
+    "select s",
+    "train s",
+)
 TaskFile = Annotated[Path, typer.Argument(help="The task's YAML file.")]
 
 
@@ -72,6 +81,7 @@ def run(
 
 def show_leaderboard(task: Task) -> None:
     """Print the latest generation's leaderboard and what became of the champion."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -83,26 +93,26 @@ def show_leaderboard(task: Task) -> None:
         rows = warehouse.execute(LEADERBOARD, [task.name]).fetchall()
     rule = task.promote
     table = Table(
-        title=f"{task.name}: accuracy on test, {rows[0][-1]} seeds, {rule.confidence:.0%} intervals"
+        title=f"{task.name}: test accuracy, {rows[0][-1]} seeds, {rule.confidence:.0%} intervals",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
     )
-    for name in ("budget", "strategy", "accuracy", "vs random", "interval", "verdict"):
-        table.add_column(name, justify="left" if name in ("strategy", "verdict") else "right")
-    table.add_column("select s", justify="right")
-    table.add_column("train s", justify="right")
-    before = None
-    for budget, strategy, mean, diff, low, high, verdict, select, train, _ in rows:
-        if before not in (None, budget):
-            table.add_section()
-        before = budget
+    for name in COLUMNS:
+        side: Literal["left", "right"] = "left" if name in ("strategy", "verdict") else "right"
+        table.add_column(name, justify=side, no_wrap=True)
+    for number, row in enumerate(rows):
+        budget, strategy, mean, diff, low, high, verdict, select, train, _ = row
         table.add_row(
             str(budget),
             strategy,
             f"{mean:.3f}",
-            "" if diff is None else f"{diff:+.3f}",
-            "" if diff is None else f"[{low:+.3f}, {high:+.3f}]",
+            "" if diff is None else f"{diff:+.3f}  [{low:+.3f}, {high:+.3f}]",
             verdict,
             f"{select:.2f}",
             f"{train:.2f}",
+            end_section=number + 1 < len(rows) and rows[number + 1][0] != budget,
         )
     console = Console(width=max(100, Console().width), highlight=False)
     console.print(table)
