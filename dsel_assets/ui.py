@@ -47,7 +47,8 @@ def serve(dagster_port: int, mlflow_port: int) -> int:
     print(
         f"Dagster http://{HOST}:{dagster_port}   MLflow http://{HOST}:{mlflow_port}   Ctrl-C ends"
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background shell starts us with SIGINT off
+        signal.signal(number, signal.default_int_handler)
     try:
         while all(process.poll() is None for process in processes.values()):
             time.sleep(0.5)
