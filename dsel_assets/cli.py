@@ -18,8 +18,7 @@ app = typer.Typer(
 LEADERBOARD = """
     select budget, strategy, mean, diff, diff_low, diff_high, verdict, select_seconds,
            train_seconds, seeds
-    from leaderboard where task = ?
-    qualify generation = max(generation) over ()
+    from leaderboard where task = ? and generation = ?
     order by budget, mean desc
 """
 COLUMNS = (
@@ -75,12 +74,12 @@ def run(
         typer.echo(f"arrival {arrival} is held back; its checks in the UI say why")
     if not outcome.runs:
         typer.echo("nothing to do: every arrival, selection, checkpoint and verdict is there")
-    show_leaderboard(task)
+    show_leaderboard(task, outcome.generation)
     typer.echo(f"{time.perf_counter() - started:.1f} s")
 
 
-def show_leaderboard(task: Task) -> None:
-    """Print the latest generation's leaderboard and what became of the champion."""
+def show_leaderboard(task: Task, generation: int) -> None:
+    """Print a generation's leaderboard and what became of the champion."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -90,7 +89,7 @@ def show_leaderboard(task: Task) -> None:
     from dsel_assets.steps.workspace import Workspace, home
 
     with Warehouse(home() / "warehouse.duckdb").connect(read_only=True) as warehouse:
-        rows = warehouse.execute(LEADERBOARD, [task.name]).fetchall()
+        rows = warehouse.execute(LEADERBOARD, [task.name, generation]).fetchall()
     rule = task.promote
     table = Table(
         title=f"{task.name}: test accuracy, {rows[0][-1]} seeds, {rule.confidence:.0%} intervals",

@@ -29,10 +29,11 @@ QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
 
 @dataclass(frozen=True)
 class Outcome:
-    """runs: how many jobs ran; held_back: arrivals that a check keeps out."""
+    """runs: jobs that ran; held_back: arrivals that a check keeps out; generation: its number."""
 
     runs: int
     held_back: list[str]
+    generation: int
 
 
 def dagster_instance() -> dg.DagsterInstance:
@@ -123,6 +124,11 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
         made = find_sketched(ws, pool) if pool else None
         there = made is not None and shown("sketches", made.sketches.identity, known.key)
         if not there and not execute("ingest", known.key):
+            pool = find_ingested(ws, known)
+            if pool is None or not why_held_back(ws, pool):
+                raise RuntimeError(
+                    f"{task.name}: ingesting {known.key} failed; see the run in the UI"
+                )
             held_back.append(known.key)
 
     generation = current_generation(ws)
@@ -144,7 +150,7 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     )
     if not there and not execute("compare"):
         raise RuntimeError(f"{task.name}: the comparison failed; see the run in the UI")
-    return Outcome(runs, held_back)
+    return Outcome(runs, held_back, generation.number)
 
 
 def _last_materialization(

@@ -264,6 +264,8 @@ class Task(_Spec):
             raise ValueError(
                 f"pool.schema.shape: small_cnn needs two sides divisible by 4, not {sides}"
             )
+        if self.spectrum.eigenvalues > self.spectrum.iterations:
+            raise ValueError("spectrum.eigenvalues: at most spectrum.iterations")
         if self.schedule is not None and len(self.schedule.split()) != 5:
             raise ValueError('schedule: a cron line of five fields, e.g. "0 6 * * 1"')
         return self

@@ -23,7 +23,10 @@ def serve(dagster_port: int, mlflow_port: int) -> int:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",  # dagster's notices of what supersedes `dagster dev`
     }
-    environment = os.environ | quiet
+    pages = f"http://{HOST}:{mlflow_port}"
+    environment = os.environ | quiet | {"DSEL_HOME": str(home())}
+    if not tracking.served:
+        environment["DSEL_MLFLOW_UI"] = pages
     python = [sys.executable, "-m"]
     commands = {
         "Dagster": [
@@ -38,15 +41,16 @@ def serve(dagster_port: int, mlflow_port: int) -> int:
     }  # fmt: skip
     # sessions of their own and default signal handlers: dagster maps SIGTERM onto SIGINT, which a
     # background shell has switched off
+    if tracking.served:  # somebody runs that server already
+        del commands["MLflow"]
     processes = {
         name: subprocess.Popen(
             command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=_default_signals
         )
         for name, command in commands.items()
     }
-    print(
-        f"Dagster http://{HOST}:{dagster_port}   MLflow http://{HOST}:{mlflow_port}   Ctrl-C ends"
-    )
+    mlflow = tracking.uri if tracking.served else pages
+    print(f"Dagster http://{HOST}:{dagster_port}   MLflow {mlflow}   Ctrl-C ends")
     for number in (signal.SIGINT, signal.SIGTERM):  # a background shell starts us with SIGINT off
         signal.signal(number, signal.default_int_handler)
     try:

@@ -253,9 +253,22 @@ def tables(task="t"):
         for split in ("validation", "test")
     ]
     return {
-        "generations": {"generation": [1, 1, 2], "arrival": ["a1", "a2", "a1"]},
+        "generations": {
+            "generation": [1, 1, 2],
+            "position": [0, 1, 0],
+            "arrival": ["a1", "a2", "a1"],
+            "pool": ["p-a1", "p-a2", "p-a1"],
+            "gradients": ["g-a1", "g-a2", "g-a1"],
+        },
+        "gradients": {
+            "artifact": [f"g-{a}" for a in arrivals],
+            "example_id": [e[0] for e in examples],
+            "loss": [1.0] * len(examples),
+            "norm": [1.0] * len(examples),
+        },
         "pool": {
             "arrival": arrivals,
+            "artifact": [f"p-{a}" for a in arrivals],
             "example_id": [e[0] for e in examples],
             "row": numbers,
             "label": [e[1] for e in examples],
@@ -291,6 +304,7 @@ def tables(task="t"):
             "metric": ["m"] * len(CELLS),
             "chosen": [len(SELECTED[c[3]]) for c in CELLS],
             "select_seconds": [c[5] for c in CELLS],
+            "sketch_seconds": [4.0 if c[0] == "itl" else 0.0 for c in CELLS],
             "train_seconds": [c[6] for c in CELLS],
         }
         | {name: [0.1] * len(CELLS) for name in SCORES}

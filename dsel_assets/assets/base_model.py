@@ -19,9 +19,13 @@ def base_model(task: Task) -> dg.AssetsDefinition:
         "finetuning starts.",
     )
     def base_model(home: Home) -> dg.MaterializeResult:
-        from dsel_assets.steps.model import base_model
+        from math import prod
 
-        entry = base_model(Workspace(task, home))
-        return result(task, "base_model", entry, entry.summary)
+        from dsel_assets.steps.model import base_model, trainable_shapes
+
+        ws = Workspace(task, home)
+        entry = base_model(ws)
+        trainable = sum(prod(shape) for shape in trainable_shapes(ws).values())
+        return result(task, "base_model", entry, {**entry.summary, "trainable": trainable})
 
     return base_model

@@ -46,10 +46,7 @@ def result(
     metadata: Mapping[str, Any],
     checks: Iterable[dg.AssetCheckResult] = (),
 ) -> dg.MaterializeResult:
-    """The artifacts as a materialisation: their identities are the data version.
-
-    `reused` says how many of them were there already; a run that finds all of them made nothing.
-    """
+    """The artifacts as a materialisation: their identities are the data version."""
     made = [entries] if isinstance(entries, Entry) else list(entries)
     distinct = {entry.identity: entry for entry in made}
     return dg.MaterializeResult(

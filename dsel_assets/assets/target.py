@@ -23,7 +23,12 @@ def target(task: Task) -> dg.AssetsDefinition:
                 asset=key(task, "target"),
                 blocking=True,
                 description="No input stands in two of the sets.",
-            )
+            ),
+            dg.AssetCheckSpec(
+                "no_near_copies",
+                asset=key(task, "target"),
+                description="No input of one set nearly repeats one of another.",
+            ),
         ],
     )
     def target(home: Home) -> dg.MaterializeResult:
@@ -35,7 +40,14 @@ def target(task: Task) -> dg.AssetsDefinition:
         check = dg.AssetCheckResult(
             check_name="apart", passed=not any(shared.values()), metadata=shared
         )
+        near = shared_inputs(ws, task.pool.leak_similarity)
+        near_check = dg.AssetCheckResult(
+            check_name="no_near_copies",
+            passed=not any(near.values()),
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata=near,
+        )
         rows = {f"rows of {split}": entry.manifest["rows"] for split, entry in sets.items()}
-        return result(task, "target", sets.values(), rows, [check])
+        return result(task, "target", sets.values(), rows, [check, near_check])
 
     return target

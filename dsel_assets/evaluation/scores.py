@@ -11,10 +11,10 @@ BINS = 15
 def scores(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> dict[str, float]:
     """Accuracy, macro-F1, mean negative log-likelihood (nats) and calibration error.
 
-    probabilities [n, C], labels [n]. Macro-F1 averages over the classes that occur among the labels
-    or the predictions. Calibration is the expected calibration error over 15 equal bins of the top
-    probability (Guo et al. 2017). ValueError for no rows and for probabilities that are
-    not finite.
+    probabilities [n, C], labels [n]. Macro-F1 averages over the classes that occur among the
+    labels, the same ones for every model. Calibration is the expected calibration error over 15
+    equal bins of the top probability (Guo et al. 2017). ValueError for no rows and for
+    probabilities that are not finite.
     """
     from sklearn.metrics import f1_score
 
@@ -30,7 +30,9 @@ def scores(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> di
     given = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return {
         "accuracy": float(correct.mean()),
-        "macro_f1": float(f1_score(labels, predicted, average="macro")),
+        "macro_f1": float(
+            f1_score(labels, predicted, average="macro", labels=np.unique(labels), zero_division=0)
+        ),
         "loss": float(-np.log(np.maximum(given, 1e-12)).mean()),
         "calibration_error": float(np.abs(gap).sum() / len(labels)),
     }

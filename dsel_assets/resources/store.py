@@ -78,6 +78,7 @@ class Draft:
     """An artifact being written: put files into `path`, counts and findings into `summary`."""
 
     path: Path
+    identity: str
     rows: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
     entry: Entry | None = None
@@ -138,7 +139,7 @@ class Store:
         self._sweep(final)
         part = final.with_name(f"{final.name}.part-{os.getpid()}-{uuid4().hex[:8]}")
         part.mkdir(parents=True)
-        draft, started = Draft(part), time.perf_counter()
+        draft, started = Draft(part, final.name), time.perf_counter()
         try:
             yield draft
             manifest = {
@@ -149,7 +150,7 @@ class Store:
                 "files": {path.name: _sealed(path) for path in sorted(part.iterdir())},
                 "versions": _versions(),
                 "seconds": time.perf_counter() - started,
-                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }
             write_json(part / MANIFEST, manifest)
             try:

@@ -111,7 +111,7 @@ class Tracking:
         `DSEL_MLFLOW_UI` names another address.
         """
         with self._locked() as client:
-            base = os.environ.get("DSEL_MLFLOW_UI", self.uri if self._served else UI)
+            base = os.environ.get("DSEL_MLFLOW_UI", self.uri if self.served else UI)
             return f"{base.rstrip('/')}/#/experiments/{self._experiment(client, task)}"
 
     def log_cells(
@@ -233,7 +233,8 @@ class Tracking:
         return created.version
 
     @property
-    def _served(self) -> bool:
+    def served(self) -> bool:
+        """Whether it is a server's address, and not a database of our own."""
         return self.uri.startswith("http")
 
     @contextmanager
@@ -259,7 +260,7 @@ class Tracking:
     def _experiment(self, client: MlflowClient, task: str) -> str:
         found = client.get_experiment_by_name(task)
         if found is None:
-            folder = None if self._served else (self.artifacts / task).absolute().as_uri()
+            folder = None if self.served else (self.artifacts / task).absolute().as_uri()
             return client.create_experiment(task, folder)
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)

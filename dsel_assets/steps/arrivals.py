@@ -33,6 +33,7 @@ class Arrival:
     path: str
     digest: str
     size: int
+    number: int
 
 
 def landed(ws: Workspace) -> list[Landed]:
@@ -52,10 +53,10 @@ def landed(ws: Workspace) -> list[Landed]:
 
 
 def arrivals(ws: Workspace) -> list[Arrival]:
-    """Everything registered so far, by key: the order in which the pool is put together."""
+    """Everything registered so far, in the order of arrival."""
     ledger = ws.store.folder(ws.task.name, "arrivals")
     found = [Arrival(**json.loads(path.read_text())) for path in ledger.glob("*.json")]
-    return sorted(found, key=lambda known: known.key)
+    return sorted(found, key=lambda known: known.number)
 
 
 def arrival(ws: Workspace, key: str) -> Arrival:
@@ -87,7 +88,7 @@ def register(ws: Workspace, file: Landed) -> Arrival | None:
         key = _key(file.path)
         if any(other.key == key for other in known):
             key = f"{key}-{digest[:8]}"
-        entered = Arrival(key, file.path, digest, file.size)
+        entered = Arrival(key, file.path, digest, file.size, 1 + len(known))
         write_json(ledger / f"{key}.json", asdict(entered))
     return entered
 

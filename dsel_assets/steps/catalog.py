@@ -12,16 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dsel_assets.resources.store import Entry, write_json
+from dsel_assets.selection import STRATEGIES, Needs
 from dsel_assets.steps.arrivals import arrival, arrivals
 from dsel_assets.steps.cells import Cell, cells
-from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.generation import Generation, load_pool, sketch_seconds
 from dsel_assets.steps.metrics import SPLITS
-from dsel_assets.steps.pool import held_back, pool_fields
+from dsel_assets.steps.pool import held_back, pool_fields, with_constants
 from dsel_assets.steps.workspace import Workspace
 
 SCORES = ("accuracy", "macro_f1", "loss", "calibration_error")
-OF_LATEST = ("arrivals", "pool", "quarantine", "gradients")  # views of how the pool stands now
-OF_ALL = ("generations", "cells", "comparisons", "selected")  # views with every generation
+OF_LATEST = ("arrivals", "quarantine")  # views of how the arrivals stand now
+OF_ALL = ("generations", "pool", "gradients", "duplicates", "cells", "comparisons", "selected")
 Tables = dict[str, list[Path]]
 
 
@@ -41,16 +42,33 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
     own = {
         "arrivals": [_arrival_row(ws, key, pool) for key, pool in pools.items()],
         "generations": [
-            {"task": ws.task.name, "generation": generation.number, "arrival": member.arrival}
-            for member in generation.members
+            {
+                "task": ws.task.name,
+                "generation": generation.number,
+                "position": position,
+                "arrival": member.arrival,
+                "pool": member.pool,
+                "gradients": member.gradients,
+            }
+            for position, member in enumerate(generation.members)
         ],
         "cells": [cell_row(ws, generation, cell) for cell in every],
     }
-    paths = {name: [folder / f"{name}.parquet"] for name in own}
-    for name, rows in own.items():
+    paths = {name: [folder / f"{name}.parquet"] for name in (*own, "duplicates")}
+    written = {name: pa.Table.from_pylist(rows) for name, rows in own.items()}
+    _, duplicates, conflicts = load_pool(ws, generation)
+    task = pa.array([ws.task.name] * len(duplicates), pa.string())
+    number = pa.array([generation.number] * len(duplicates), pa.int64())
+    duplicates = duplicates.add_column(0, "generation", number).add_column(0, "task", task)
+    conflicts = conflicts.add_column(0, "arrival", conflicts["source"])
+    written |= {
+        "duplicates": duplicates,
+        "conflicts": with_constants(conflicts, {"task": ws.task.name}),
+    }
+    for name, table in written.items():
         part = folder / f"{name}.parquet.part"
-        pq.write_table(pa.Table.from_pylist(rows), part)
-        part.rename(paths[name][0])
+        pq.write_table(table, part)
+        part.rename(folder / f"{name}.parquet")
 
     def of(kind: str, identities: Iterable[str], file: str = "rows.parquet") -> list[Path]:
         return [ws.store.folder(ws.task.name, kind) / name / file for name in identities]
@@ -61,7 +79,8 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
         "pool": of("pool", [member.pool for member in generation.members]),
         "gradients": of("gradients", [member.gradients for member in generation.members]),
         "quarantine": [pool.path / "quarantine.parquet" for pool in pools.values()]
-        + of("gradients", [m.gradients for m in generation.members], "quarantine.parquet"),
+        + of("gradients", [m.gradients for m in generation.members], "quarantine.parquet")
+        + [folder / "conflicts.parquet"],
     }
     relative = {
         name: [str(path.relative_to(ws.home)) for path in files] for name, files in paths.items()
@@ -87,6 +106,7 @@ def cell_row(ws: Workspace, generation: Generation, cell: Cell) -> dict[str, Any
     selection = get(ws.task.name, "subsets", cell.selection)
     checkpoint = get(ws.task.name, "checkpoints", cell.checkpoint)
     metric = get(ws.task.name, "metrics", cell.metric)
+    sketches = Needs.SKETCHES in STRATEGIES[cell.strategy].needs
     row: dict[str, Any] = {
         "task": ws.task.name,
         "generation": generation.number,
@@ -98,6 +118,7 @@ def cell_row(ws: Workspace, generation: Generation, cell: Cell) -> dict[str, Any
         "metric": metric.identity,
         "chosen": selection.manifest["rows"],
         "select_seconds": selection.summary["seconds"],
+        "sketch_seconds": sketch_seconds(ws, generation) if sketches else 0.0,
         "train_seconds": checkpoint.manifest["seconds"],
     }
     for split in SPLITS:

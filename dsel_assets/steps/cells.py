@@ -14,7 +14,7 @@ from typing import Any
 from dsel_assets.resources.store import identity
 from dsel_assets.selection import STRATEGIES, Needs
 from dsel_assets.steps.generation import Generation
-from dsel_assets.steps.model import base_model
+from dsel_assets.steps.model import base_digest
 from dsel_assets.steps.pool import evaluation_set
 from dsel_assets.steps.sketches import sketch_space
 from dsel_assets.steps.workspace import Workspace
@@ -49,7 +49,7 @@ def cells(ws: Workspace, generation: Generation, strategy: str | None = None) ->
     task = ws.task
     evaluation = {split: evaluation_set(ws, split).identity for split in ws.splits}
     target = evaluation.pop("target", None)
-    space, base = sketch_space(ws), base_model(ws).identity
+    space, base = sketch_space(ws), base_digest(ws)
     for name in [strategy] if strategy else task.strategies.chosen():
         selector = STRATEGIES[name]
         for budget in task.budgets:

@@ -55,15 +55,37 @@ def current_generation(ws: Workspace) -> Generation:
 
 def _members(ws: Workspace) -> list[Member]:
     found = []
+    before = _seen_before(ws)
     for known in arrivals(ws):
         pool = ws.store.find(ws.task.name, "pool", pool_fields(ws, known))
-        if pool is None or pool.manifest["rows"] == 0 or held_back(ws, pool):
+        if pool and (pool.manifest["rows"] == 0 or held_back(ws, pool)):
             continue
-        if made := find_sketched(ws, pool):
+        made = find_sketched(ws, pool) if pool else None
+        if made is None and known.key in before:
+            raise StoreError(
+                f"{ws.task.name}: arrival {known.key} was ingested under other settings; ingest it "
+                "again (`dsel run` does), or a selection would quietly do without it"
+            )
+        if pool and made:
             found.append(
                 Member(known.key, pool.identity, made.gradients.identity, made.sketches.identity)
             )
     return found
+
+
+def _seen_before(ws: Workspace) -> set[str]:
+    """Arrivals that an earlier generation had; a new one may still wait for its turn."""
+    folder = ws.store.folder(ws.task.name, "generations")
+    return {
+        member["arrival"]
+        for path in folder.glob("*.json")
+        for member in json.loads(path.read_text())["members"]
+    }
+
+
+def sketch_seconds(ws: Workspace, generation: Generation) -> float:
+    """What the one pass for gradients and sketches took over all arrivals, whoever uses it."""
+    return sum(sketches.manifest["seconds"] for _, _, sketches in members(ws, generation))
 
 
 def load_pool(ws: Workspace, generation: Generation) -> tuple[Examples, pa.Table, pa.Table]:
@@ -97,11 +119,15 @@ class _Key:
     ws: Workspace
     generation: Generation
 
+    @property
+    def names(self) -> tuple[object, ...]:
+        return self.ws.home, self.ws.task.name, self.generation.identity
+
     def __hash__(self) -> int:
-        return hash((self.generation.identity, self.ws.home))
+        return hash(self.names)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and hash(self) == hash(other)
+        return isinstance(other, _Key) and self.names == other.names
 
 
 @lru_cache(maxsize=1)

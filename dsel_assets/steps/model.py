@@ -41,13 +41,13 @@ def base_model(ws: Workspace) -> Entry:
             weights = load_weights(spec.base)
         model = builder(spec.name, schema.shape, classes, weights)()
         save_weights(weights, draft.path / WEIGHTS)
-        names = trainable_names(model, ws.task.finetune.trainable)
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        draft.summary = {
-            "parameters": sum(sizes.values()),
-            "trainable": sum(sizes[name] for name in names),
-        }
+        draft.summary = {"parameters": sum(p.numel() for p in model.parameters())}
     return draft.done
+
+
+def base_digest(ws: Workspace) -> str:
+    """SHA-256 of the checkpoint's weights: the content, however it was made."""
+    return base_model(ws).manifest["files"][WEIGHTS]["sha256"]
 
 
 def base_builder(ws: Workspace) -> Builder:
@@ -67,7 +67,7 @@ def trainable_shapes(ws: Workspace) -> dict[str, list[int]]:
 def gradient_space(ws: Workspace) -> dict[str, Any]:
     """What a gradient is taken of and by: two gradients may be compared only if this is equal."""
     return {
-        "base": base_model(ws).identity,
+        "base": base_digest(ws),
         "loss": "cross_entropy",
         "trainable": trainable_shapes(ws),
     }

@@ -34,7 +34,7 @@ from dsel_assets.steps.arrivals import Arrival, arrival, holds
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import TaskError
 
-VERSION = 1
+VERSION = 2
 
 
 def contract(ws: Workspace) -> Contract:
@@ -71,14 +71,22 @@ def evaluation_set(ws: Workspace, split: str) -> Entry:
     return draft.done
 
 
-def shared_inputs(ws: Workspace) -> dict[str, int]:
-    """How many inputs of target and validation stand, exactly, in a later evaluation set."""
+def shared_inputs(ws: Workspace, similarity: float | None = None) -> dict[str, int]:
+    """How many inputs of one evaluation set stand in a later one, exactly or this near."""
     sets = {split: load_examples(evaluation_set(ws, split)) for split in ws.splits}
     return {
-        f"{one} in {other}": len(set(_inputs(sets[one])) & set(_inputs(sets[other])))
+        f"{one} in {other}": _shared(ws, sets[one], sets[other], similarity)
         for one, other in (("target", "validation"), ("target", "test"), ("validation", "test"))
         if one in sets
     }
+
+
+def _shared(ws: Workspace, one: Examples, other: Examples, similarity: float | None) -> int:
+    assert one.inputs is not None and other.inputs is not None
+    if similarity is None:
+        return len(set(_inputs(one)) & set(_inputs(other)))
+    kind = ws.task.pool.columns.kind
+    return len(find_leaks(one.inputs, other.inputs, threshold=similarity, kind=kind)[0])
 
 
 def ingest(ws: Workspace, key: str) -> Entry:
@@ -106,9 +114,9 @@ def ingest(ws: Workspace, key: str) -> Entry:
         found = Validated(found.examples, line, 0, 1)
     examples, leaks = _without_leaks(ws, key, found.examples, evaluation)
     quarantine = pa.concat_tables([found.quarantine, leaks])
-    constants = {"task": ws.task.name, "arrival": key}
     with ws.store.write(ws.task.name, "pool", fields) as draft:
-        _write(ws, draft, examples, constants)
+        constants = {"task": ws.task.name, "arrival": key}
+        _write(ws, draft, examples, constants | {"artifact": draft.identity})
         pq.write_table(with_constants(quarantine, constants), draft.path / "quarantine.parquet")
         draft.summary = {
             "lost": lost,

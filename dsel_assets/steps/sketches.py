@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from dsel_assets.data import (
 )
 from dsel_assets.gradients import GradientBlock, gradient_blocks
 from dsel_assets.resources.rows import RowWriter, read_rows
-from dsel_assets.resources.store import Draft, Entry
+from dsel_assets.resources.store import Draft, Entry, write_json
 from dsel_assets.sketching import KINDS, ModelSketch
 from dsel_assets.steps.model import base_builder, gradient_space, trainable_shapes
 from dsel_assets.steps.pool import load_examples, with_constants
@@ -43,10 +44,14 @@ class Sketched(NamedTuple):
 
 
 def sketch_dimension(ws: Workspace) -> int:
-    """D of the task; `auto` takes what the spectrum advises (from 256 to 8192), pinned by it."""
+    """D of the task; `auto` takes what the spectrum advises (256 to 8192) once, and pins it."""
     if ws.task.sketch.dim != "auto":
         return int(ws.task.sketch.dim)
-    return min(8192, max(256, hessian_spectrum(ws).summary["advised_dimension"]))
+    pin = ws.store.folder(ws.task.name, "sketches") / "dimension.json"
+    if not pin.exists():
+        advised = hessian_spectrum(ws).summary["advised_dimension"]
+        write_json(pin, {"dimension": min(8192, max(256, advised))})
+    return int(json.loads(pin.read_text())["dimension"])
 
 
 def sketch_space(ws: Workspace) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def find_sketched(ws: Workspace, examples: Entry) -> Sketched | None:
 
 
 def _fields(ws: Workspace, examples: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
-    made_of = {"examples": examples.identity, "version": 2}
+    made_of = {"examples": examples.identity, "version": 3}
     return made_of | {"space": gradient_space(ws)}, made_of | {"space": sketch_space(ws)}
 
 
@@ -189,7 +194,7 @@ def _write_rows(
         for i in np.flatnonzero(~usable)
     )
     task = {"task": ws.task.name}
-    good = with_constants(table.filter(pa.array(usable)), task)
+    good = with_constants(table.filter(pa.array(usable)), task | {"artifact": draft.identity})
     pq.write_table(good, draft.path / "rows.parquet")
     pq.write_table(
         with_constants(refused, task | {"arrival": source}), draft.path / "quarantine.parquet"

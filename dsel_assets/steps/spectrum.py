@@ -37,6 +37,7 @@ def hessian_spectrum(ws: Workspace) -> Entry:
     made_of = {
         "base": base_model(ws).identity,
         "trainable": list(trainable_shapes(ws)),
+        "contract": ws.task.pool.columns.model_dump(mode="json"),
         "spec": spec.model_dump(),
         "version": 1,
     }

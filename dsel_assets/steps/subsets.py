@@ -25,6 +25,7 @@ def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
     missing = ws.store.missing(ws.task.name, "subsets", [cell.selection for cell in every])
     if missing:
         warn_about_budgets(ws.task, len(load_pool(ws, generation)[0]))
+        load_target(ws)  # made here once, not by every worker at the same time
     by_seed: dict[int, list[Cell]] = {}
     for cell in every:
         if cell.identities["subsets"] in missing:

@@ -99,12 +99,13 @@ def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, 
         "evidence": {key: best[key] for key in ("diff", "diff_low", "diff_high", "p_holm")},
         "verdict": decided.identity,
     }
-    if champion(ws) != chosen:
-        folder = ws.store.folder(ws.task.name, "champion")
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "promotions.jsonl").open("a") as log:
-            log.write(json.dumps(chosen, sort_keys=True) + "\n")
-        write_json(folder / "champion.json", chosen)
+    folder = ws.store.folder(ws.task.name, "champion")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "champion.json", chosen)
+    log, line = folder / "promotions.jsonl", json.dumps(chosen, sort_keys=True)
+    if not log.exists() or log.read_text().splitlines()[-1:] != [line]:
+        with log.open("a") as lines:
+            lines.write(line + "\n")
     return chosen
 
 

@@ -58,7 +58,7 @@ def test_the_order_of_arrival_does_not_matter(lab: Any) -> None:
 
 def test_another_space_is_another_generation(done: Any) -> None:
     ws = done.workspace(sketch={"seed": 1})
-    with pytest.raises(StoreError, match="no arrival is sketched yet"):
+    with pytest.raises(StoreError, match="arrival a was ingested under other settings"):
         current_generation(ws)
     arrive(ws, "a", "b")
     assert current_generation(ws).number == 2

@@ -115,6 +115,7 @@ def test_blocking_checks(defs: dg.Definitions) -> None:
     }
     assert blocking == {
         "target/apart": True,
+        "target/no_near_copies": False,
         "pool/usable": True,
         "pool/no_leaks": False,
         "sketches/fit": True,
