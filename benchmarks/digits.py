@@ -25,11 +25,11 @@ ROOT = Path(__file__).parent.parent
 INTRODUCTION = """
 Written by `python benchmarks/digits.py --write docs`, with the settings of `tasks/digits.yaml`.
 The budgets were 50, 100 and 200 at first, judged at 100, and test was read then (the rows at 100
-are the same). On validation the gain lay at 200, beyond the size of the target set, and the task moved
-there before test was read at 400. Differences are paired by seed and example; the interval speaks
-about new seeds and new test examples, with the pool, the target set and the base model as they are.
-Intervals are unadjusted. Holm's correction spans the strategies at the promoted budget (marked);
-other rows are descriptive.
+are the same). On validation the gain lay at 200, beyond the size of the target set, and the task
+moved there before test was read at 400. Differences are paired by seed and example; the interval
+speaks about new seeds and new test examples, with the pool, the target set and the base model as
+they are. Intervals are unadjusted. Holm's correction spans the strategies at the promoted budget
+(marked); other rows are descriptive.
 """
 CAUGHT = """
     select strategy, flipped, near_duplicate, off_task, pool_flipped, pool_near_duplicate,
