@@ -16,7 +16,5 @@ defs = dg.Definitions.merge(
         resources=resources(),
         # a run is one process; inside it, the cells of a strategy use all cores
         executor=dg.in_process_executor,
-        # the event log holds everything; the terminal only what went wrong
-        loggers={"console": dg.colored_console_logger.configured({"log_level": "ERROR"})},
     ),
 )

@@ -15,6 +15,8 @@ from dsel_assets.task import Task
 
 INGEST = ("target", "base_model", "pool", "gradients", "sketches", "hessian_spectrum")
 SELECT = ("subsets", "checkpoints", "metrics")
+# the event log holds everything; the terminal only what went wrong
+QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
 NOT_FINISHED = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -47,7 +49,9 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
         "compare": assets("verdict", *models) | complete,
     }
     return {
-        name: dg.define_asset_job(f"{task.name}_{name}", chosen[name], description=text)
+        name: dg.define_asset_job(
+            f"{task.name}_{name}", chosen[name], description=text, config=QUIET
+        )
         for name, text in said.items()
     }
 
@@ -116,11 +120,13 @@ def follow_sensor(
     def follow_sensor(
         context: dg.RunStatusSensorContext, home: Home
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-        unfinished = dg.RunsFilter(job_name=after.name, statuses=NOT_FINISHED)
-        if context.instance.get_runs_count(unfinished):
-            yield dg.SkipReason(f"other runs of {after.name} are not done yet")
-        else:
-            yield from requests(task, home)
+        # a comparison waits for arrivals as well: they make it one of another generation
+        for job in dict.fromkeys((f"{task.name}_ingest", after.name)):
+            unfinished = dg.RunsFilter(job_name=job, statuses=NOT_FINISHED)
+            if context.instance.get_runs_count(unfinished):
+                yield dg.SkipReason(f"runs of {job} are not done yet")
+                return
+        yield from requests(task, home)
 
     return follow_sensor
 

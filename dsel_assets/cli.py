@@ -62,16 +62,17 @@ def run(
     started = time.perf_counter()
     try:
         task = load_task(task_file)
+        if quick:
+            task = shortened(task)
+        with dagster_instance() as instance:
+            initialise(instance)
+            outcome = run_task(task, instance)
     except TaskError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    if quick:
-        task = shortened(task)
-    with dagster_instance() as instance:
-        initialise(instance)
-        outcome = run_task(task, instance)
-    for arrival in outcome.held_back:
-        typer.echo(f"arrival {arrival} is held back; its checks in the UI say why")
+    except RuntimeError as error:  # a job that failed, or a store that lacks something
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     if not outcome.runs:
         typer.echo("nothing to do: every arrival, selection, checkpoint and verdict is there")
     show_leaderboard(task, outcome.generation)
@@ -126,7 +127,9 @@ def show_leaderboard(task: Task, generation: int) -> None:
             )
     chosen = champion(Workspace(task, home()))
     if chosen is None:
-        console.print(f"no champion: on validation nothing is better than {rule.against}")
+        console.print(
+            f"no champion: on validation no strategy that chooses is better than {rule.against}"
+        )
     else:
         console.print(
             f"champion, by validation: {chosen['strategy']} at {chosen['budget']} "
@@ -140,8 +143,15 @@ def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's pages.")] = 5000,
 ) -> None:
     """Show Dagster and MLflow on this machine; the sensors and the schedule work meanwhile."""
+    from dsel_assets.runner import ROOT
+    from dsel_assets.task import TaskError, load_tasks
     from dsel_assets.ui import serve
 
+    try:
+        load_tasks(ROOT / "tasks")  # one broken file would hide every task
+    except TaskError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
     init()
     raise typer.Exit(serve(port, mlflow_port))
 

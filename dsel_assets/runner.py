@@ -14,7 +14,7 @@ import dagster as dg
 
 from dsel_assets.assets.declare import data_version, key
 from dsel_assets.build import build
-from dsel_assets.resources.store import alive
+from dsel_assets.resources.store import Entry, StoreError, alive
 from dsel_assets.resources.tracking import Tracking, best_effort
 from dsel_assets.resources.warehouse import Warehouse
 from dsel_assets.steps.arrivals import arrivals, landed, register
@@ -24,7 +24,7 @@ from dsel_assets.task import Task
 ROOT = Path(__file__).parent.parent
 DATA_VERSION = "dagster/data_version"  # the tag under which Dagster keeps it
 LOGGED = "mlflow"  # the metadata that an asset has once its runs are in MLflow
-QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
+SILENT = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}  # what failed is said here
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,30 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     )
     runs = 0
 
-    def execute(job: str, partition: str | None = None) -> bool:
+    def execute(job: str, partition: str | None = None) -> str | None:
+        """Run a job; why it failed, or None."""
         nonlocal runs
         runs += 1
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", dg.BetaWarning)
             done = jobs.resolve_job_def(f"{task.name}_{job}").execute_in_process(
-                partition_key=partition, instance=instance, run_config=QUIET, raise_on_error=False
+                partition_key=partition, instance=instance, run_config=SILENT, raise_on_error=False
             )
         said = "done" if done.success else "did not succeed"
         what = f"{job} {partition or ''}".ljust(32)
         print(f"{what} {said} in {time.perf_counter() - started:.1f} s", flush=True)
-        return done.success
+        return None if done.success else _why(done)
 
+    ws.check_files()
     ws.prepare()
     for file in landed(ws):
         register(ws, file)
+    if not arrivals(ws):
+        raise StoreError(f"{ws.landing}: no .parquet, .jsonl or .jsonl.gz file has landed yet")
+    strategies = ", ".join(task.strategies.chosen())
+    print(f"{task.name}: {len(arrivals(ws))} arrivals, {strategies}", flush=True)
+    print(f"budgets {task.budgets}, {task.seeds} seeds; only what is missing is made", flush=True)
     instance.add_dynamic_partitions(f"{task.name}_arrivals", [known.key for known in arrivals(ws)])
 
     from dsel_assets.steps.cells import cells, missing_strategies
@@ -115,31 +122,39 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
             and (not logged or LOGGED in last.metadata)
         )
 
-    held_back = []
+    def report(arrival: str, pool: Entry) -> None:
+        rows, seen, reasons = (pool.summary[name] for name in ("rows", "seen", "reasons"))
+        if why := why_held_back(ws, pool):
+            held_back.append(arrival)
+            print(f"  {arrival} is held back: {why}", flush=True)
+        elif reasons:
+            print(f"  {rows} of {seen} rows; in quarantine: {reasons}", flush=True)
+
+    held_back: list[str] = []
     for known in arrivals(ws):
         pool = find_ingested(ws, known)
         if pool and why_held_back(ws, pool) and shown("pool", pool.identity, known.key):
-            held_back.append(known.key)
+            report(known.key, pool)
             continue
         made = find_sketched(ws, pool) if pool else None
         there = made is not None and shown("sketches", made.sketches.identity, known.key)
-        if not there and not execute("ingest", known.key):
+        if not there:
+            failed = execute("ingest", known.key)
             pool = find_ingested(ws, known)
-            if pool is None or not why_held_back(ws, pool):
-                raise RuntimeError(
-                    f"{task.name}: ingesting {known.key} failed; see the run in the UI"
-                )
-            held_back.append(known.key)
+            if failed and not (pool and why_held_back(ws, pool)):
+                raise RuntimeError(f"{task.name}: ingesting {known.key} failed: {failed}")
+            assert pool is not None
+            report(known.key, pool)
+    if len(held_back) == len(arrivals(ws)):
+        raise RuntimeError(f"{task.name}: every arrival is held back")
 
     generation = current_generation(ws)
     missing = missing_strategies(ws, generation)
     for strategy in task.strategies.chosen():
         version = data_version(c.identities["metrics"] for c in cells(ws, generation, strategy))
         there = strategy not in missing and shown("metrics", version, strategy, logged=True)
-        if not there and not execute("select", strategy):
-            raise RuntimeError(
-                f"{task.name}: selecting by {strategy} failed; see the run in the UI"
-            )
+        if not there and (failed := execute("select", strategy)):
+            raise RuntimeError(f"{task.name}: selecting by {strategy} failed: {failed}")
     decided = find_verdict(ws, generation)
     last = instance.get_runs(dg.RunsFilter(job_name=f"{task.name}_compare"), limit=1)
     there = (
@@ -148,9 +163,19 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
         and shown("verdict", decided.identity, logged=True)
         and [run.status for run in last] == [dg.DagsterRunStatus.SUCCESS]
     )
-    if not there and not execute("compare"):
-        raise RuntimeError(f"{task.name}: the comparison failed; see the run in the UI")
+    if not there and (failed := execute("compare")):
+        raise RuntimeError(f"{task.name}: the comparison failed: {failed}")
     return Outcome(runs, held_back, generation.number)
+
+
+def _why(done: dg.ExecuteInProcessResult) -> str:
+    """The first failed step and the error at the bottom of it; the event log has the rest."""
+    for event in done.all_events:
+        if event.is_step_failure and (error := event.step_failure_data.error):
+            while error.cause is not None:
+                error = error.cause
+            return f"{event.step_key}: {' '.join(error.message.split())}"
+    return "a blocking check did not pass; its page in the UI says why"
 
 
 def _last_materialization(

@@ -57,7 +57,10 @@ class Schema(_Spec):
             names = [str(name) for name in value]
             if len(set(names)) == len(names) >= 2:
                 return names
-        raise ValueError("a number of classes (at least 2), or a list of distinct names")
+        raise ValueError(
+            "a number of classes (at least 2), or a list of distinct names; YAML reads no, yes, on "
+            "and off as booleans, so put such names in quotes"
+        )
 
 
 class PoolSpec(_Spec):

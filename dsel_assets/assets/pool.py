@@ -54,8 +54,9 @@ def pool(task: Task) -> dg.AssetsDefinition:
                 "duplicates": summary["duplicates"],
                 "quarantined": summary["quarantined"],
                 "quarantine": table([summary["reasons"]] if summary["reasons"] else []),
-                "classes": table([summary["classes"]]),
-                "sources": table([summary["sources"]]),
+                "held_back": why or "no",
+                "classes": table([summary["classes"]] if summary["classes"] else []),
+                "sources": table([summary["sources"]] if summary["sources"] else []),
             },
             [
                 dg.AssetCheckResult(

@@ -66,6 +66,18 @@ class Workspace:
             write_split(name, path)
         return str(path)
 
+    def check_files(self) -> None:
+        """TaskError, naming the key, for a file of the declaration that is not there."""
+        import fsspec
+
+        named = {f"{split}.source": getattr(self.task, split).source for split in self.splits}
+        for key, path in (named | {"model.base": self.task.model.base}).items():
+            if path.startswith(BUNDLED):
+                continue
+            files, root = fsspec.core.url_to_fs(path)
+            if not files.exists(root):
+                raise TaskError(f"{self.task.name}: {key}: there is no file {path}")
+
     @property
     def splits(self) -> list[str]:
         """The evaluation sets that this task has."""

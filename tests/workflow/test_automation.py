@@ -286,5 +286,5 @@ def test_what_follows_a_run(ran: Any, instance: Any) -> None:
     )
     assert follow(to_select, ingest, instance, ran.home) == (
         {},
-        "other runs of tiny_ingest are not done yet",
+        "runs of tiny_ingest are not done yet",
     )

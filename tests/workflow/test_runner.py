@@ -209,5 +209,26 @@ def test_nothing_landed(lab: Any, instance: Any) -> None:
     for path in lab.landing.iterdir():
         path.unlink()
     runner.initialise(instance)
-    with pytest.raises(Exception, match="no arrival is sketched yet"):
+    with pytest.raises(Exception, match=r"no \.parquet, \.jsonl or \.jsonl\.gz file has landed yet"):
         runner.run(lab.task(), instance)
+
+
+def test_what_is_wrong_is_said_in_one_line(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from dsel_assets.cli import app
+
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    lab.task(model={"base": str(tmp_path / "gone.safetensors")})
+    found = CliRunner().invoke(app, ["run", str(lab.folder / "tiny.yaml")])
+    assert found.exit_code == 2
+    assert f"tiny: model.base: there is no file {tmp_path / 'gone.safetensors'}" in found.output
+    assert "Traceback" not in found.output
+
+    (tmp_path / "odd.safetensors").write_bytes(b"no weights" * 100)
+    lab.task(model={"base": str(tmp_path / "odd.safetensors")})
+    found = CliRunner().invoke(app, ["run", str(lab.folder / "tiny.yaml")])
+    assert found.exit_code != 0 and "Traceback" not in found.output
