@@ -128,7 +128,8 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
             held_back.append(arrival)
             print(f"  {arrival} is held back: {why}", flush=True)
         elif reasons:
-            print(f"  {rows} of {seen} rows; in quarantine: {reasons}", flush=True)
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            print(f"  {rows} of {seen} rows kept; in quarantine: {counts}", flush=True)
 
     held_back: list[str] = []
     for known in arrivals(ws):
