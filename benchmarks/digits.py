@@ -15,8 +15,7 @@ from dsel_assets import pipeline
 from dsel_assets.evaluation.plots import budget_curve, differences
 from dsel_assets.resources.warehouse import Warehouse
 from dsel_assets.sql import load_models
-from dsel_assets.steps.catalog import cell_row, tables
-from dsel_assets.steps.cells import cells
+from dsel_assets.steps.catalog import cell_rows, tables
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import load_task
@@ -48,7 +47,7 @@ def main() -> None:
     ws = Workspace(task, given.home.absolute())
     compared = [row for row in pipeline.run(ws)[1] if row["split"] == "test"]
     generation = current_generation(ws)
-    rows = [cell_row(ws, generation, cell) for cell in cells(ws, generation)]
+    rows = cell_rows(ws, generation)
     warehouse = Warehouse(ws.home / "warehouse.duckdb")
     warehouse.publish_views(tables(ws.home))
     for model in load_models(ROOT / "dbt_like_sql"):

@@ -27,8 +27,7 @@ def plain(task_file: Path, quick: bool) -> None:
     from dsel_assets.resources.tracking import Tracking
     from dsel_assets.resources.warehouse import Warehouse
     from dsel_assets.sql import load_checks, load_models
-    from dsel_assets.steps.catalog import cell_row, tables
-    from dsel_assets.steps.cells import cells
+    from dsel_assets.steps.catalog import cell_rows, tables
     from dsel_assets.steps.generation import current_generation
     from dsel_assets.steps.tracked import tracked_cells
     from dsel_assets.steps.workspace import Workspace, home
@@ -51,7 +50,7 @@ def plain(task_file: Path, quick: bool) -> None:
     for model in load_models(ROOT / "dbt_like_sql"):
         own = {check.name: check.text for check in checks if check.of == model.name}
         assert warehouse.build(model.name, model.text, own).published
-    rows = [cell_row(ws, generation, cell) for cell in cells(ws, generation)]
+    rows = cell_rows(ws, generation)
     test = [row for row in compared if row["split"] == "test"]
     figures = {"curve": budget_curve(rows, "accuracy", "test_accuracy"), "diff": differences(test)}
     board = leaderboard(rows, test)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -12,6 +12,9 @@ from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.arrivals import arrivals, landed, register
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Task
+
+if TYPE_CHECKING:
+    from dsel_assets.steps.generation import Generation
 
 INGEST = ("target", "base_model", "pool", "gradients", "sketches", "hessian_spectrum")
 SELECT = ("subsets", "checkpoints", "metrics")
@@ -70,9 +73,10 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
         ws = Workspace(task, home)
         ws.prepare()
         before = json.loads(context.cursor or '{"seen": {}, "still": {}, "asked": []}')
-        seen = {file.path: [file.size, file.modified] for file in landed(ws)}
+        files = landed(ws)
+        seen = {file.path: [file.size, file.modified] for file in files}
         still = {path: state for path, state in seen.items() if before["seen"].get(path) == state}
-        for file in landed(ws):
+        for file in files:
             if file.path in still and before["still"].get(file.path) != still[file.path]:
                 try:
                     entered = register(ws, file)
@@ -133,16 +137,12 @@ def follow_sensor(
 
 def requests_to_select(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """A run for each strategy that has a cell to make in the current generation."""
-    from dsel_assets.steps.cells import missing_strategies
-    from dsel_assets.steps.generation import current_generation
-
     ws = Workspace(task, home)
-    try:
-        generation = current_generation(ws)
-    except StoreError as error:  # nothing was ingested yet
-        yield dg.SkipReason(str(error))
+    standing = _standing(ws)
+    if isinstance(standing, dg.SkipReason):
+        yield standing
         return
-    missing = missing_strategies(ws, generation)
+    generation, missing = standing
     for strategy, identity in missing.items():
         yield dg.RunRequest(
             run_key=f"{strategy}-{identity}",
@@ -154,21 +154,30 @@ def requests_to_select(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.Sk
 
 def requests_to_compare(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """A run of the comparison once no strategy has a cell left to make."""
-    from dsel_assets.steps.cells import missing_strategies
-    from dsel_assets.steps.generation import current_generation
     from dsel_assets.steps.verdict import verdict_identity
 
     ws = Workspace(task, home)
-    try:
-        generation = current_generation(ws)
-    except StoreError as error:  # nothing was ingested yet
-        yield dg.SkipReason(str(error))
+    standing = _standing(ws)
+    if isinstance(standing, dg.SkipReason):
+        yield standing
         return
-    missing = missing_strategies(ws, generation)
+    generation, missing = standing
     if missing:
         yield dg.SkipReason(f"waiting for {', '.join(missing)}")
     else:
         yield dg.RunRequest(run_key=verdict_identity(ws, generation))
+
+
+def _standing(ws: Workspace) -> "tuple[Generation, dict[str, str]] | dg.SkipReason":
+    """The current generation and the strategies that it lacks, or why there is none to follow."""
+    from dsel_assets.steps.cells import missing_strategies
+    from dsel_assets.steps.generation import current_generation
+
+    try:
+        generation = current_generation(ws)
+    except StoreError as error:  # nothing was ingested yet, or not under these settings
+        return dg.SkipReason(str(error))
+    return generation, missing_strategies(ws, generation)
 
 
 def reselection_schedule(task: Task, select: Job) -> dg.ScheduleDefinition:

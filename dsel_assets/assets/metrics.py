@@ -25,8 +25,7 @@ def metrics(task: Task) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, home: Home, tracking: dg.ResourceParam[Tracking]
     ) -> dg.MaterializeResult:
         from dsel_assets.evaluation.plots import budget_curve
-        from dsel_assets.steps.catalog import cell_row
-        from dsel_assets.steps.cells import cells
+        from dsel_assets.steps.catalog import cell_rows
         from dsel_assets.steps.generation import current_generation
         from dsel_assets.steps.metrics import evaluate
         from dsel_assets.steps.tracked import tracked_cells
@@ -34,7 +33,7 @@ def metrics(task: Task) -> dg.AssetsDefinition:
         ws, strategy = Workspace(task, home), context.partition_key
         generation = current_generation(ws)
         entries = evaluate(ws, generation, strategy)
-        rows = [cell_row(ws, generation, cell) for cell in cells(ws, generation, strategy)]
+        rows = cell_rows(ws, generation, strategy)
         metadata = {
             "generation": generation.number,
             "test_accuracy": sum(row["test_accuracy"] for row in rows) / len(rows),

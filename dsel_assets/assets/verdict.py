@@ -34,8 +34,7 @@ def verdict(task: Task) -> dg.AssetsDefinition:
         tracking: dg.ResourceParam[Tracking],
     ) -> dg.MaterializeResult:
         from dsel_assets.evaluation.plots import budget_curve, differences
-        from dsel_assets.steps.catalog import cell_row, tables, write_catalog
-        from dsel_assets.steps.cells import cells
+        from dsel_assets.steps.catalog import cell_rows, tables, write_catalog
         from dsel_assets.steps.generation import current_generation
         from dsel_assets.steps.model import WEIGHTS
         from dsel_assets.steps.verdict import compare, comparisons, promote
@@ -47,7 +46,7 @@ def verdict(task: Task) -> dg.AssetsDefinition:
         write_catalog(ws, generation, decided)
         warehouse.publish_views(tables(home))
 
-        rows = [cell_row(ws, generation, cell) for cell in cells(ws, generation)]
+        rows = cell_rows(ws, generation)
         compared = comparisons(decided)
         test = [row for row in compared if row["split"] == "test"]
         figures = {

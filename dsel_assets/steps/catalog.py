@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from dsel_assets.resources.store import Entry, write_json
 from dsel_assets.selection import STRATEGIES, Needs
-from dsel_assets.steps.arrivals import arrival, arrivals
-from dsel_assets.steps.cells import Cell, cells
+from dsel_assets.steps.arrivals import Arrival, arrivals
+from dsel_assets.steps.cells import Cell, artifacts, cells
 from dsel_assets.steps.generation import Generation, load_pool, sketch_seconds
 from dsel_assets.steps.metrics import SPLITS
 from dsel_assets.steps.pool import held_back, pool_fields, with_constants
@@ -33,14 +33,13 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
     """
     folder = ws.home / "catalog" / ws.task.name / f"{generation.number:05d}"
     folder.mkdir(parents=True, exist_ok=True)
-    every = list(cells(ws, generation))
-    found = {
-        known.key: ws.store.find(ws.task.name, "pool", pool_fields(ws, known))
+    found = [
+        (known, ws.store.find(ws.task.name, "pool", pool_fields(ws, known)))
         for known in arrivals(ws)
-    }
-    pools = {key: pool for key, pool in found.items() if pool is not None}
+    ]
+    pools = [(known, pool) for known, pool in found if pool is not None]
     own = {
-        "arrivals": [_arrival_row(ws, key, pool) for key, pool in pools.items()],
+        "arrivals": [_arrival_row(ws, known, pool) for known, pool in pools],
         "generations": [
             {
                 "task": ws.task.name,
@@ -52,7 +51,7 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
             }
             for position, member in enumerate(generation.members)
         ],
-        "cells": [cell_row(ws, generation, cell) for cell in every],
+        "cells": cell_rows(ws, generation),
     }
     paths = {name: [folder / f"{name}.parquet"] for name in (*own, "duplicates")}
     written = {name: pa.Table.from_pylist(rows) for name, rows in own.items()}
@@ -75,10 +74,12 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
 
     paths |= {
         "comparisons": [decided.file("comparisons.parquet")],
-        "selected": of("subsets", dict.fromkeys(cell.identities["subsets"] for cell in every)),
+        "selected": of(
+            "subsets", dict.fromkeys(c.identities["subsets"] for c in cells(ws, generation))
+        ),
         "pool": of("pool", [member.pool for member in generation.members]),
         "gradients": of("gradients", [member.gradients for member in generation.members]),
-        "quarantine": [pool.path / "quarantine.parquet" for pool in pools.values()]
+        "quarantine": [pool.path / "quarantine.parquet" for _, pool in pools]
         + of("gradients", [m.gradients for m in generation.members], "quarantine.parquet")
         + [folder / "conflicts.parquet"],
     }
@@ -100,12 +101,18 @@ def tables(home: Path) -> Tables:
     return {name: list(dict.fromkeys(files)) for name, files in found.items()}
 
 
-def cell_row(ws: Workspace, generation: Generation, cell: Cell) -> dict[str, Any]:
-    """One cell with its scores and what it cost; made of the three artifacts' manifests."""
-    get = ws.store.get
-    selection = get(ws.task.name, "subsets", cell.selection)
-    checkpoint = get(ws.task.name, "checkpoints", cell.checkpoint)
-    metric = get(ws.task.name, "metrics", cell.metric)
+def cell_rows(
+    ws: Workspace, generation: Generation, strategy: str | None = None
+) -> list[dict[str, Any]]:
+    """The cells of one strategy, or of all, with their scores and what they cost."""
+    shared = sketch_seconds(ws, generation)
+    return [_cell_row(ws, generation, cell, shared) for cell in cells(ws, generation, strategy)]
+
+
+def _cell_row(
+    ws: Workspace, generation: Generation, cell: Cell, sketch_seconds: float
+) -> dict[str, Any]:
+    selection, checkpoint, metric = artifacts(ws, cell)
     sketches = Needs.SKETCHES in STRATEGIES[cell.strategy].needs
     row: dict[str, Any] = {
         "task": ws.task.name,
@@ -118,7 +125,7 @@ def cell_row(ws: Workspace, generation: Generation, cell: Cell) -> dict[str, Any
         "metric": metric.identity,
         "chosen": selection.manifest["rows"],
         "select_seconds": selection.summary["seconds"],
-        "sketch_seconds": sketch_seconds(ws, generation) if sketches else 0.0,
+        "sketch_seconds": sketch_seconds if sketches else 0.0,
         "train_seconds": checkpoint.manifest["seconds"],
     }
     for split in SPLITS:
@@ -126,12 +133,12 @@ def cell_row(ws: Workspace, generation: Generation, cell: Cell) -> dict[str, Any
     return row
 
 
-def _arrival_row(ws: Workspace, key: str, pool: Entry) -> dict[str, Any]:
+def _arrival_row(ws: Workspace, known: Arrival, pool: Entry) -> dict[str, Any]:
     summary = pool.summary
     return {
         "task": ws.task.name,
-        "arrival": key,
-        "file": os.fsencode(arrival(ws, key).path).decode(errors="backslashreplace"),
+        "arrival": known.key,
+        "file": os.fsencode(known.path).decode(errors="backslashreplace"),
         "digest": pool.manifest["fields"]["file"],
         "seen": summary["seen"],
         "rows": summary["rows"],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dsel_assets.resources.store import identity
+from dsel_assets.resources.store import Entry, identity
 from dsel_assets.selection import STRATEGIES, Needs
 from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.model import base_digest
@@ -76,6 +76,16 @@ def cells(ws: Workspace, generation: Generation, strategy: str | None = None) ->
                 }
                 metric = {"checkpoint": identity(checkpoint), "on": evaluation, "version": 1}
                 yield Cell(name, budget, seed, selection, checkpoint, metric)
+
+
+def artifacts(ws: Workspace, cell: Cell) -> tuple[Entry, Entry, Entry]:
+    """A cell's selection, checkpoint and metric; StoreError for one that is not there."""
+    get, task = ws.store.get, ws.task.name
+    return (
+        get(task, "subsets", cell.selection),
+        get(task, "checkpoints", cell.checkpoint),
+        get(task, "metrics", cell.metric),
+    )
 
 
 def missing_strategies(ws: Workspace, generation: Generation) -> dict[str, str]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dsel_assets.resources.store import MANIFEST
 from dsel_assets.resources.tracking import TrackedCell
-from dsel_assets.steps.cells import cells
+from dsel_assets.steps.cells import artifacts, cells
 from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.workspace import Workspace
 
 
 def tracked_cells(ws: Workspace, generation: Generation, strategy: str) -> list[TrackedCell]:
     """Everything that MLflow logs of a strategy's cells, read from the store."""
-    get, task = ws.store.get, ws.task
+    task = ws.task
     tracked = []
     for cell in cells(ws, generation, strategy):
-        selection = get(task.name, "subsets", cell.selection)
-        checkpoint = get(task.name, "checkpoints", cell.checkpoint)
-        metric = get(task.name, "metrics", cell.metric)
+        selection, checkpoint, metric = artifacts(ws, cell)
         tracked.append(
             TrackedCell(
                 strategy=cell.strategy,
