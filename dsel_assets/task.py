@@ -124,7 +124,9 @@ class GradientSpec(_Spec):
 class SketchSpec(_Spec):
     """The linear operator that every gradient goes through, fixed for the life of the store."""
 
-    kind: Literal["affd", "countsketch", "gaussian"] = Field("affd", description="operator")
+    kind: Literal[
+        "affd", "countsketch", "sjlt", "srht", "gaussian", "rademacher", "fjl", "ffd", "afjl", "qk"
+    ] = Field("affd", description="operator; docs/sketching.md says which to take")
     dim: int | Literal["auto"] = Field(
         1024, description="dimension D; auto takes the spectrum's advice once and pins it"
     )
@@ -139,16 +141,46 @@ class SketchSpec(_Spec):
 
 
 class SpectrumSpec(_Spec):
-    """The Hessian spectrum at the base checkpoint."""
+    """The Hessian spectrum at the base checkpoint, and along finetuning."""
 
+    curvature: Literal["hessian", "gauss_newton"] = Field(
+        "hessian", description="of the loss, or its part that is positive semi-definite"
+    )
     examples: int = Field(256, ge=1, description="pool examples that the loss is averaged over")
+    batch_size: int = Field(1024, ge=1, description="examples that are in memory at a time")
     eigenvalues: int = Field(20, ge=2, description="how many to report, from both ends")
     iterations: int = Field(40, ge=4, description="Lanczos steps")
+    sketch_dim: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="dimension of a sketch to look through; none: exact"
+    )
+    steps: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 10, 50, 100, 200, 400],
+        description="steps of finetuning at which it can be taken; those that training reaches",
+    )
     tolerance: float = Field(
         0.25,
         gt=0,
         description="relative error of the smallest outlier that the advised dimension allows",
     )
+
+
+class IntrinsicSpec(_Spec):
+    """The search for the dimension that finetuning needs."""
+
+    share: float = Field(
+        0.9, gt=0, le=1, description="of the validation accuracy that all dimensions reach"
+    )
+    delta: float = Field(0.01, gt=0, description="the dimension doubles when a round gains less")
+    steps: int = Field(50, ge=1, description="optimiser steps a round")
+    start: int = Field(16, ge=1, description="the first dimension")
+    dim: int = Field(4096, ge=1, description="the last dimension: that of the sketch")
+    lr: float = Field(5e-3, gt=0, description="Adam's learning rate, constant")
+
+    @model_validator(mode="after")
+    def _room(self) -> IntrinsicSpec:
+        if self.start > self.dim:
+            raise ValueError("start: at most dim")
+        return self
 
 
 class Random(_Spec):
@@ -196,6 +228,18 @@ class Itl(_Spec):
     )
 
 
+class Gradmatch(_Spec):
+    """Gradients like the target's, class by class, in the manner of LESS (arXiv:2402.04333)."""
+
+    how: Literal["cosine", "dot", "trak"] = Field("cosine", description="score of likeness")
+    round_robin: bool = Field(
+        True, description="the target's classes take in turn; else the highest mean score"
+    )
+    damping: float = Field(
+        0.1, gt=0, description="trak: added to the Fisher, in units of its mean eigenvalue"
+    )
+
+
 class Strategies(_Spec):
     """The strategies that are compared; random and full always are."""
 
@@ -205,6 +249,7 @@ class Strategies(_Spec):
     skmm: Skmm | None = None
     bads: Bads | None = None
     itl: Itl | None = None
+    gradmatch: Gradmatch | None = None
 
     def chosen(self) -> dict[str, _Spec]:
         """The strategies that this task runs, with their settings, in a fixed order."""
@@ -238,6 +283,7 @@ class Task(_Spec):
     gradients: GradientSpec = GradientSpec()
     sketch: SketchSpec = SketchSpec()
     spectrum: SpectrumSpec = SpectrumSpec()
+    intrinsic: IntrinsicSpec = IntrinsicSpec()
     strategies: Strategies = Strategies()
     budgets: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1, description="how many examples to choose, ascending"
@@ -255,7 +301,7 @@ class Task(_Spec):
         if self.promote.budget not in self.budgets:
             raise ValueError(f"promote.budget: must be one of the budgets {list(self.budgets)}")
         if self.target is None:
-            for name in ("itl", "bads", "target_only"):
+            for name in ("itl", "bads", "gradmatch", "target_only"):
                 if getattr(self.strategies, name) is not None:
                     raise ValueError(f"strategies.{name}: needs a target set; give target.source")
             if self.finetune.include_target:
@@ -269,6 +315,8 @@ class Task(_Spec):
             )
         if self.spectrum.eigenvalues > self.spectrum.iterations:
             raise ValueError("spectrum.eigenvalues: at most spectrum.iterations")
+        if list(self.spectrum.steps) != sorted(set(self.spectrum.steps)):
+            raise ValueError("spectrum.steps: must ascend and not repeat")
         if self.schedule is not None and len(self.schedule.split()) != 5:
             raise ValueError('schedule: a cron line of five fields, e.g. "0 6 * * 1"')
         return self

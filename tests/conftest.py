@@ -33,6 +33,7 @@ TASK: dict[str, Any] = {
         "skmm": {},
         "bads": {"steps": 40, "batch_size": 20},
         "itl": {},
+        "gradmatch": {},
     },
     "budgets": [5, 10],
     "seeds": 2,

@@ -138,6 +138,8 @@ def test_allowed_keys_are_those_that_a_user_writes(load):
         ("strategies.skmm", False),
         ("strategies.skmm", []),
         ("strategies.itl", {"noise": 0}),
+        ("strategies.gradmatch", {"how": "less"}),
+        ("strategies.gradmatch", {"damping": 0}),
         ("budgets", []),
         ("budgets", [0, 10]),
         ("budgets", [10, 5]),
@@ -167,7 +169,7 @@ def test_every_fault_is_named_at_once(load):
         load(content)
 
 
-@pytest.mark.parametrize("strategy", ["itl", "bads", "target_only"])
+@pytest.mark.parametrize("strategy", ["itl", "bads", "gradmatch", "target_only"])
 def test_what_reads_the_target_needs_one(load, strategy):
     with pytest.raises(TaskError, match=rf"strategies\.{strategy}: needs a target set"):
         load(changed("strategies", {strategy: {}}, MINIMAL))

@@ -32,8 +32,9 @@ STYLE = {
     "skmm": ("#0072B2", "s"),
     "bads": ("#D55E00", "^"),
     "itl": ("#009E73", "D"),
+    "gradmatch": ("#E69F00", "v"),
 }
-OTHERS = (("#E69F00", "v"), ("#56B4E9", "P"), ("#8C6D1F", "X"), ("#5D3A9B", "p"))
+OTHERS = (("#56B4E9", "P"), ("#8C6D1F", "X"), ("#5D3A9B", "p"))
 VERDICTS = {"better": "#0072B2", "no difference shown": GREY, "worse": "#D55E00"}
 WITHOUT_BUDGET = ("full", "target_only")
 PASTEL = (  # Tol's light scheme, then three more: dark text is legible on each
@@ -101,12 +102,14 @@ def spectrum(
     dimensions: ArrayLike,
     errors: ArrayLike,
     chosen: int,
+    measured: tuple[ArrayLike, ArrayLike] = ((), ()),
 ) -> bytes:
     """The Hessian's spectrum, and what it predicts of a sketch.
 
     Left: the spectral density at `grid` (both [n]), with the extreme eigenvalues [k] as ticks.
     Right: the predicted relative error of the smallest outlier at ascending `dimensions` (both [m],
-    positive), and where it lies at the chosen sketch dimension, if that is among them.
+    positive), and where it lies at the chosen sketch dimension, if that is among them. measured:
+    dimensions and errors of gradients' inner products, for the second curve.
     """
     values, heights = np.asarray(eigenvalues, float), np.asarray(density, float)
     figure, (left, right) = _figure(3.4, columns=2)
@@ -121,7 +124,10 @@ def spectrum(
     D, error = np.asarray(dimensions, float), np.asarray(errors, float)
     outside = {"left": np.nan, "right": np.nan}
     at = float(np.exp(np.interp(np.log(chosen), np.log(D), np.log(error), **outside)))
-    right.plot(D, error, color="#0072B2", marker="o", ms=3.5, lw=1.6)
+    right.plot(D, error, color="#0072B2", marker="o", ms=3.5, lw=1.6, label="outlier, predicted")
+    if np.size(measured[0]):
+        right.plot(*measured, color="#009E73", marker="s", ms=3.5, label="gradients, measured")
+        right.legend(loc="lower left", **LEGEND)
     right.axvline(chosen, color="#D55E00", lw=1.2, ls="--")
     right.plot([chosen], [at], "o", color="#D55E00", ms=8, zorder=3)
     beyond = chosen > D[-1] / 8
@@ -138,8 +144,92 @@ def spectrum(
     )
     right.set(yscale="log", ylim=(None, 2.2 * error.max()), xlabel="sketch dimension D")
     right.set_xscale("log", base=2)
-    right.set_ylabel("predicted relative error")
-    right.set_title("of the smallest outlier eigenvalue", **NOTE)
+    right.set_ylabel("relative error")
+    right.set_title("smallest outlier; gradients' inner products", **NOTE)
+    return _png(figure)
+
+
+def spectra(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """Spectra along a finetuning run.
+
+    records: one a step, ascending, with the keys `step`, `eigenvalues` (descending), `outliers`,
+    `negative_ratio` and `gradient_in_outliers`. Left: the eigenvalues, outliers above 20 % of the
+    top one filled. Right: the share of the gradient in the outliers' space, and RNEG. ValueError
+    without records.
+    """
+    if not records:
+        raise ValueError("no spectra to draw")
+    steps = [record["step"] for record in records]
+    places = np.arange(len(steps))
+    figure, (left, right) = _figure(3.4, columns=2)
+    left.axhline(0, color=INK, lw=0.8)
+    for place, record in zip(places, records, strict=True):
+        values = np.asarray(record["eigenvalues"], float)
+        count = record["outliers"]
+        left.plot(np.full(len(values), place), values, "o", ms=4, mfc="white", color=GREY)
+        left.plot(np.full(count, place), values[:count], "o", ms=5, color="#D55E00")
+        left.annotate(
+            str(count),
+            (place, values[0]),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color="#B34700",
+        )
+    left.margins(y=0.12)
+    left.set_ylabel("eigenvalue")
+    left.set_title("filled and counted: outliers", **NOTE)
+    shown = {
+        "gradient in outliers": ("gradient_in_outliers", "#009E73", "s"),
+        "negative / top": ("negative_ratio", "#0072B2", "o"),
+    }
+    for label, (name, colour, marker) in shown.items():
+        values = np.array([record[name] for record in records], float)
+        right.plot(places, values, color=colour, marker=marker, ms=4, lw=1.6, label=label)
+    right.set_ylim(0, None)
+    right.legend(**LEGEND)
+    for axes in (left, right):
+        axes.set_xticks(places, [f"{step:,}" for step in steps])
+        axes.set_xlabel("step of finetuning")
+    return _png(figure)
+
+
+def rounds(
+    history: Sequence[Mapping[str, Any]], verification: Sequence[Mapping[str, Any]], target: float
+) -> bytes:
+    """The search for an intrinsic dimension: score against step, the dimension beside its doubling.
+
+    history, verification: rounds with the keys `step`, `dimension` and `score`, the start first;
+    the second may be empty. ValueError without a history.
+    """
+    if not history:
+        raise ValueError("no rounds to draw")
+    figure, axes = _figure(3.4)
+    steps, scores = ([one[name] for one in history] for name in ("step", "score"))
+    axes.axhline(target, color=INK, lw=1, ls="--", label="target")
+    axes.plot(steps, scores, color="#0072B2", marker="o", ms=3.5, lw=1.6, label="search")
+    before = 0
+    for one in history[1:]:
+        if one["dimension"] != before:
+            axes.annotate(
+                f"{one['dimension']:,}",
+                (one["step"], one["score"]),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color="#0072B2",
+            )
+        before = one["dimension"]
+    if len(verification) > 1:
+        label = f"{verification[-1]['dimension']:,} dimensions from the start"
+        steps, scores = ([one[name] for one in verification] for name in ("step", "score"))
+        axes.plot(steps, scores, color="#D55E00", marker="s", ms=3.5, lw=1.6, label=label)
+    axes.margins(y=0.12)
+    axes.set(xlabel="steps", ylabel="accuracy on validation")
+    axes.set_title("numbers: dimensions", **NOTE)
+    axes.legend(loc="lower right", **LEGEND)
     return _png(figure)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Trained:
-    """weights by name; curve: mean training loss of each tenth of the steps."""
+    """weights by name; curve: mean training loss of each tenth of the steps; kept: see `train`."""
 
     weights: dict[str, Tensor]
     curve: list[float]
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def train(
@@ -29,12 +30,14 @@ def train(
     batch_size: int,
     lr: float,
     seed: int,
+    keep: Collection[int] = (),
 ) -> Trained:
     """Train `model` in place with Adam, the rate decayed to 0 by a cosine.
 
     inputs [n, ...] float32, labels [n] int64, weights [n] float32 (mean 1 is neutral). Every
-    example is seen once before any is seen again; the order depends on `seed` alone. ValueError
-    when there is nothing to train on.
+    example is seen once before any is seen again; the order depends on `seed` alone. `keep` names
+    numbers of steps after which a copy of the weights is kept: 0 is the start. ValueError when
+    there is nothing to train on.
     """
     if len(inputs) == 0:
         raise ValueError(
@@ -49,7 +52,10 @@ def train(
     losses = torch.zeros(steps)
     torch.manual_seed(seed)  # dropout, where a model has it
     model.train()
+    kept = {}
     for step in range(steps):
+        if step in keep:
+            kept[step] = _copy(model)
         rows = next(batches)
         each = F.cross_entropy(model(inputs[rows]), labels[rows], reduction="none")
         loss = (each * weights[rows]).mean()
@@ -59,8 +65,14 @@ def train(
         schedule.step()
         losses[step] = loss.detach()
     model.eval()
+    if steps in keep:
+        kept[steps] = _copy(model)
     curve = [float(part.mean()) for part in losses.tensor_split(min(10, steps))]
-    return Trained({k: v.detach() for k, v in model.state_dict().items()}, curve)
+    return Trained({k: v.detach() for k, v in model.state_dict().items()}, curve, kept)
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def shuffled_batches(rows: int, size: int, seed: int) -> Iterator[Tensor]:

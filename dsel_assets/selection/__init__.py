@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsel_assets.models import Builder
+from dsel_assets.selection.attribution import attribution
 from dsel_assets.selection.bads import Bads, infer_weights
 from dsel_assets.selection.baselines import Full, Random, TargetOnly
+from dsel_assets.selection.gradmatch import Gradmatch
 from dsel_assets.selection.interface import (
     NONE,
     Budget,
@@ -22,7 +24,7 @@ from dsel_assets.selection.itl import Itl, select_informative
 from dsel_assets.selection.skmm import Skmm, match_moments, select_matching
 
 STRATEGIES: dict[str, type[Selector]] = {
-    selector.name: selector for selector in (Random, Full, TargetOnly, Skmm, Bads, Itl)
+    selector.name: selector for selector in (Random, Full, TargetOnly, Skmm, Bads, Itl, Gradmatch)
 }
 
 
@@ -45,6 +47,7 @@ __all__ = [
     "Selection",
     "Selector",
     "State",
+    "attribution",
     "infer_weights",
     "make_selector",
     "match_moments",

@@ -258,7 +258,7 @@ def reduce_sketches(sketches: ArrayLike, n: int) -> Array:
     if m >= G.shape[1]:
         return G
     entries = normals(stream_key(0, "skmm", "reduction"), 0, m * G.shape[1])
-    reduced: Array = G @ entries.reshape(m, -1).T / np.sqrt(m)
+    reduced: Array = G @ entries.numpy().reshape(m, -1).T / np.sqrt(m)
     return reduced
 
 

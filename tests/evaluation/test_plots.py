@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from dsel_assets.evaluation import plots
 
-STRATEGIES = ("random", "full", "target_only", "skmm", "bads", "itl", "another")
+STRATEGIES = ("random", "full", "target_only", "skmm", "bads", "itl", "gradmatch", "another")
 RNG = np.random.default_rng(0)
 
 
@@ -38,7 +39,7 @@ def comparisons(budgets: tuple[int, ...] = (50, 100, 200)) -> list[dict[str, Any
             "verdict": verdict,
             "corrected": b == 100,
         }
-        for i, (s, verdict) in enumerate(zip(STRATEGIES[1:], 2 * list(plots.VERDICTS), strict=True))
+        for i, (s, verdict) in enumerate(zip(STRATEGIES[1:], cycle(plots.VERDICTS), strict=False))
         for b in budgets
     ]
 

@@ -150,6 +150,16 @@ def test_nothing_to_train_on_is_an_error():
         run(inputs=torch.empty(0, 4), labels=torch.empty(0, dtype=torch.long))
 
 
+def test_weights_on_the_way_are_copies_and_change_nothing():
+    plain, watched = run(), run(keep=[0, 3, 30])
+    assert set(watched.kept) == {0, 3, 30} and not plain.kept
+    for name, weight in plain.weights.items():
+        assert torch.equal(watched.weights[name], weight)
+        assert torch.equal(watched.kept[30][name], weight)
+        assert torch.equal(watched.kept[0][name], network(0.0).state_dict()[name])
+    assert any(not torch.equal(watched.kept[3][n], w) for n, w in plain.weights.items())
+
+
 # shuffled_batches
 
 

@@ -396,7 +396,7 @@ def test_scores_are_those_of_the_chosen_and_empty_for_the_required(name, n):
     for column, values in bound.scores.items():
         if column != "rank":
             assert values.dtype.kind == free.scores[column].dtype.kind
-            empty = np.isnan(values[:2]) if values.dtype.kind == "f" else values[:2] == ""
-            assert empty.all()
+            empty = {"f": np.isnan, "U": lambda v: v == "", "i": lambda v: v == -1}
+            assert empty[values.dtype.kind](values[:2]).all()
             if values.dtype.kind == "f":
                 assert np.isfinite(values[2:]).all()

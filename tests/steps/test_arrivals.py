@@ -84,7 +84,9 @@ def test_weird_names_give_safe_keys(lab: Any) -> None:
 def test_a_name_that_is_no_utf8_goes_through(lab: Any) -> None:
     from dsel_assets.pipeline import run
 
-    ws = lab.workspace(strategies={n: None for n in ("target_only", "skmm", "bads", "itl")})
+    ws = lab.workspace(
+        strategies={n: None for n in ("target_only", "skmm", "bads", "itl", "gradmatch")}
+    )
     os.rename(lab.landing / "b.jsonl", os.fsencode(lab.landing) + b"/caf\xe9.jsonl")
     run(ws)
     assert [m.arrival for m in current_generation(ws).members] == ["a", "caf"]

@@ -75,11 +75,12 @@ def test_rows_that_come_again_count_once(lab: Any) -> None:
 
 def test_a_setting_changes_only_its_strategy(done: Any) -> None:
     before = identities(done.workspace())
-    assert len(before) == 6 * 2 * 2
+    assert len(before) == 7 * 2 * 2
     for strategy, change in {
         "skmm": {"c": 0.99},
         "bads": {"beta": 0.3},
         "itl": {"form": "library"},
+        "gradmatch": {"how": "trak"},
     }.items():
         after = identities(done.workspace(strategies={strategy: change}))
         for kind in ("subsets", "checkpoints", "metrics"):
@@ -90,11 +91,11 @@ def test_another_seed_or_budget_keeps_what_there_is(done: Any) -> None:
     before = identities(done.workspace())
     for ws in (done.workspace(seeds=3), done.workspace(budgets=[5, 10, 20])):
         after = identities(ws)
-        assert len(after) == 36
+        assert len(after) == 42
         assert before.items() <= after.items()
         missing = missing_strategies(ws, current_generation(ws))
         # full and target_only do not look at the budget
-        assert {"random", "skmm", "bads", "itl"} <= missing.keys()
+        assert {"random", "skmm", "bads", "itl", "gradmatch"} <= missing.keys()
 
 
 def test_finetuning_otherwise_keeps_the_selections(done: Any) -> None:
@@ -129,9 +130,9 @@ def test_cells_that_do_not_look_at_a_budget_share_a_selection(done: Any) -> None
     found = identities(done.workspace())
     distinct = {
         strategy: len({cell["subsets"] for place, cell in found.items() if place[0] == strategy})
-        for strategy in ("random", "full", "target_only", "itl")
+        for strategy in ("random", "full", "target_only", "itl", "gradmatch")
     }
-    assert distinct == {"random": 4, "full": 1, "target_only": 1, "itl": 2}
+    assert distinct == {"random": 4, "full": 1, "target_only": 1, "itl": 2, "gradmatch": 2}
 
 
 def test_nothing_is_missing_once_all_has_run(done: Any) -> None:

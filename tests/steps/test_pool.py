@@ -13,7 +13,7 @@ from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.pool import evaluation_set, held_back, ingest, load_examples
 from dsel_assets.task import TaskError
 
-FEW = {"strategies": {name: None for name in ("target_only", "skmm", "bads", "itl")}}
+FEW = {"strategies": {name: None for name in ("target_only", "skmm", "bads", "itl", "gradmatch")}}
 
 
 def ingested(ws: Any, key: str) -> Any:

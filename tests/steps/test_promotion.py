@@ -105,14 +105,16 @@ def test_the_verdict_depends_on_every_cell_and_the_rule(done: Any) -> None:
     for changes in ({"promote": {"confidence": 0.9}}, {"promote": {"budget": 5}}, {"seeds": 3}):
         other = done.workspace(**changes)
         assert verdict_identity(other, generation) != found.identity
-    assert compare(done.workspace(promote={"budget": 5}), generation).manifest["rows"] == 2 * 2 * 5
+    assert compare(done.workspace(promote={"budget": 5}), generation).manifest["rows"] == 2 * 2 * 6
 
 
 def test_a_strategy_is_compared_on_the_same_examples(done: Any) -> None:
     ws = done.workspace()
     rows = pq.read_table(compare(ws, current_generation(ws)).file("comparisons.parquet"))
     rows = rows.to_pylist()
-    assert {row["strategy"] for row in rows} == {"full", "target_only", "skmm", "bads", "itl"}
+    assert {row["strategy"] for row in rows} == {
+        "full", "target_only", "skmm", "bads", "itl", "gradmatch",
+    }  # fmt: skip
     assert {(row["split"], row["budget"]) for row in rows} == {
         (split, budget) for split in ("validation", "test") for budget in (5, 10)
     }

@@ -204,7 +204,9 @@ def test_rows_with_a_gradient_that_is_not_finite_are_quarantined(lab: Any) -> No
 def test_an_arrival_without_usable_gradients_stops_nothing(lab: Any) -> None:
     certain_of_zero(lab)
     lab.land("z.jsonl", [row for row in lab.rows(220, 300) if row["label"] == 0])
-    ws = lab.workspace(strategies={n: None for n in ("target_only", "skmm", "bads", "itl")})
+    ws = lab.workspace(
+        strategies={n: None for n in ("target_only", "skmm", "bads", "itl", "gradmatch")}
+    )
     pipeline.run(ws)
     assert len(current_generation(ws).members) == 3
 

@@ -18,7 +18,7 @@ from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.verdict import verdict_identity
 
 SQL = Path(__file__).parents[2] / "dbt_like_sql"
-STRATEGIES = {"random", "full", "target_only", "skmm", "bads", "itl"}
+STRATEGIES = {"random", "full", "target_only", "skmm", "bads", "itl", "gradmatch"}
 
 
 class Sensor:
@@ -188,7 +188,7 @@ def test_select_is_asked_for_what_is_missing(done: Any) -> None:
     )
     assert runs.keys() == {"itl"}
     more, _ = said(requests_to_select(done.task(seeds=3), done.home))
-    assert {"random", "skmm", "bads", "itl"} <= more.keys()
+    assert {"random", "skmm", "bads", "itl", "gradmatch"} <= more.keys()
     assert more["itl"] != runs["itl"]
     # asked again, the same keys: the daemon launches nothing twice
     assert said(requests_to_select(done.task(seeds=3), done.home))[0] == more

@@ -155,3 +155,33 @@ def test_either_output_of_the_pass_alone(lab: Any, instance: Any, name: str) -> 
     register_all(lab)
     result = execute(lab.task(), instance, "ingest", "a", only=name)
     assert result.success and materialised(result) == {name}
+
+
+def distort(monkeypatch: Any) -> None:
+    """An operator that is no isometry, such as one whose scale was forgotten."""
+    from dsel_assets.sketching.countsketch import CountSketch
+
+    partial = CountSketch._partial
+    monkeypatch.setattr(CountSketch, "_partial", lambda self, x: 3 * partial(self, x))
+
+
+def test_a_sketch_that_does_not_keep_its_promise_fails_the_arrival_and_the_selection(
+    lab: Any, instance: Any, monkeypatch: Any
+) -> None:
+    distort(monkeypatch)
+    task = lab.task(sketch={"kind": "countsketch"})
+    register_all(lab)
+    result = execute(task, instance, "ingest", "a")
+    assert not result.success and checked(result)["keeps_inner_products"] is False
+    result = execute(task, instance, "select", "random")
+    assert not result.success and checked(result) == {"fit": False}
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert "of the inner products lie within" in evaluation.metadata["distorted"].value
+    assert materialised(result) == set()
+
+
+@pytest.mark.parametrize("kind", ["countsketch", "sjlt", "srht", "affd"])
+def test_the_safe_sketches_keep_theirs(lab: Any, instance: Any, kind: str) -> None:
+    register_all(lab)
+    result = execute(lab.task(sketch={"kind": kind}), instance, "ingest", "a")
+    assert result.success and checked(result)["keeps_inner_products"]

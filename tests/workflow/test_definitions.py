@@ -22,6 +22,8 @@ ASSETS = {
     "gradients": ("gradients", "parquet pytorch", "arrivals", "base_model pool"),
     "sketches": ("gradients", "pytorch", "arrivals", "base_model pool"),
     "hessian_spectrum": ("gradients", "pytorch", None, "base_model pool"),
+    "finetuning_spectra": ("gradients", "pytorch", "steps", "hessian_spectrum"),
+    "intrinsic_dimension": ("gradients", "pytorch", None, "hessian_spectrum target"),
     "subsets": ("selection", "parquet pytorch", "strategies", "base_model sketches target"),
     "checkpoints": ("finetuning", "pytorch", "strategies", "base_model subsets target"),
     "metrics": ("finetuning", "mlflow pytorch", "strategies", "checkpoints target"),
@@ -54,7 +56,7 @@ def test_two_tasks_and_one_without_target_or_schedule(lab: Any) -> None:
         target=None,
         schedule=None,
         finetune={"include_target": False},
-        strategies={"itl": None, "bads": None, "target_only": None},
+        strategies={"itl": None, "bads": None, "gradmatch": None, "target_only": None},
         sketch={"dim": "auto"},
     )
     both = dg.Definitions.merge(
@@ -79,9 +81,10 @@ def test_asset(defs: dg.Definitions, name: str) -> None:
         assert node.partitions_def.name == "tiny_arrivals"
     else:
         assert isinstance(node.partitions_def, dg.StaticPartitionsDefinition)
-        assert node.partitions_def.get_partition_keys() == [
-            "random", "full", "target_only", "skmm", "bads", "itl",
-        ]  # fmt: skip
+        strategies = ["random", "full", "target_only", "skmm", "bads", "itl", "gradmatch"]
+        assert node.partitions_def.get_partition_keys() == (
+            ["0", "10"] if partitions == "steps" else strategies  # of 20 steps of finetuning
+        )
 
 
 def test_every_sql_file_is_an_asset_and_nothing_else_is(defs: dg.Definitions) -> None:
@@ -118,6 +121,7 @@ def test_blocking_checks(defs: dg.Definitions) -> None:
         "target/no_near_copies": False,
         "pool/usable": True,
         "pool/no_leaks": False,
+        "sketches/keeps_inner_products": True,
         "sketches/fit": True,
         "hessian_spectrum/dimension_is_enough": False,
         "metrics/complete": True,

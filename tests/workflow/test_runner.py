@@ -18,7 +18,7 @@ from dsel_assets.steps.cells import cells
 from dsel_assets.steps.generation import current_generation
 
 SUCCESS, FAILURE = dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE
-FEW = {"strategies": {name: None for name in ("target_only", "skmm", "bads", "itl")}}
+FEW = {"strategies": {name: None for name in ("target_only", "skmm", "bads", "itl", "gradmatch")}}
 
 
 def query(lab: Any, sql: str) -> list[Any]:
@@ -28,20 +28,20 @@ def query(lab: Any, sql: str) -> list[Any]:
 
 def test_all_jobs_run_and_a_bad_arrival_stops_nothing(original: Any) -> None:
     lab, outcome = original
-    # three arrivals, six strategies, one comparison
-    assert outcome.runs == 3 + 6 + 1 and outcome.held_back == ["a0"]
+    # three arrivals, seven strategies, one comparison
+    assert outcome.runs == 3 + 7 + 1 and outcome.held_back == ["a0"]
     ws = lab.workspace()
     assert [m.arrival for m in current_generation(ws).members] == ["a", "b"]
 
 
 def test_dagster_knows_what_happened(ran: Any, instance: Any) -> None:
     statuses = [run.status for run in instance.get_runs()]
-    assert statuses.count(FAILURE) == 1 and statuses.count(SUCCESS) == 9
+    assert statuses.count(FAILURE) == 1 and statuses.count(SUCCESS) == 10
     arrived = instance.get_materialized_partitions(dg.AssetKey(["tiny", "pool"]))
     sketched = instance.get_materialized_partitions(dg.AssetKey(["tiny", "sketches"]))
     assert arrived == {"a", "b", "a0"} and sketched == {"a", "b"}
     evaluated = instance.get_materialized_partitions(dg.AssetKey(["tiny", "metrics"]))
-    assert evaluated == {"random", "full", "target_only", "skmm", "bads", "itl"}
+    assert evaluated == {"random", "full", "target_only", "skmm", "bads", "itl", "gradmatch"}
 
 
 def test_a_second_call_runs_nothing(ran: Any, instance: Any) -> None:
@@ -51,7 +51,7 @@ def test_a_second_call_runs_nothing(ran: Any, instance: Any) -> None:
 
 def test_the_warehouse_has_the_leaderboard(ran: Any) -> None:
     rows = query(ran, "select strategy, budget, generation, seeds, verdict from leaderboard")
-    assert len(rows) == 6 * 2
+    assert len(rows) == 7 * 2
     assert {row[2:4] for row in rows} == {(1, 2)}
     held_back = query(ran, "select arrival, held_back from arrivals where held_back != ''")
     assert held_back == [("a0", "the file can't be read")]
@@ -68,7 +68,7 @@ def test_mlflow_has_a_parent_and_a_child_a_cell(ran: Any) -> None:
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert len(parents) == 1 and len(children) == 24
+    assert len(parents) == 1 and len(children) == 28
     ws = ran.workspace()
     expected = {cell.identities["metrics"] for cell in cells(ws, current_generation(ws))}
     assert {run.data.tags["dsel.metric"] for run in children} == expected
@@ -83,7 +83,7 @@ def test_a_new_arrival_makes_a_generation(ran: Any, instance: Any) -> None:
     outcome = runner.run(task, instance)
     assert outcome.runs == 1 + 2 + 1 and outcome.held_back == ["a0"]
     found = query(ran, "select generation, count(*) from leaderboard group by 1 order by 1")
-    assert found == [(1, 12), (2, 4)]
+    assert found == [(1, 14), (2, 4)]
     assert runner.run(task, instance).runs == 0
 
 
@@ -134,7 +134,7 @@ def test_a_store_without_history_is_shown(ran: Any) -> None:
     before = {path for path in (ran.home / "store").rglob("manifest.json")}
     with dg.DagsterInstance.ephemeral() as fresh:
         runner.run(ran.task(), fresh)
-        assert len(fresh.get_materialized_partitions(dg.AssetKey(["tiny", "metrics"]))) == 6
+        assert len(fresh.get_materialized_partitions(dg.AssetKey(["tiny", "metrics"]))) == 7
     assert {path for path in (ran.home / "store").rglob("manifest.json")} == before
 
 
