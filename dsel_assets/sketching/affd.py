@@ -15,16 +15,17 @@ rewritings make it cheap:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsel_assets.sketching.fast import kernels
 from dsel_assets.sketching.hadamard import hadamard
 from dsel_assets.sketching.operator import Sketch, accumulation_dtype
-from dsel_assets.sketching.philox import normals, permutation, signs
+from dsel_assets.sketching.philox import Device, normals, permutations, signs
 
 _BLOCK = 2**14
 
@@ -40,13 +41,11 @@ class AFFD(Sketch):
     """
 
     kind = "affd"
-    signs: Tensor
-    gains: Tensor
-    leading: Tensor
-    trailing: Tensor
+    version = 2
+    variance = 8.0
 
     def __init__(self, in_features: int, out_features: int, seed: int = 0, name: str = "") -> None:
-        """See `Sketch`; keeps p signs, the Gaussians, and two small permutations a block."""
+        """See `Sketch`."""
         super().__init__(in_features, out_features, seed, name)
         self.points = _next_power_of_two(out_features)
         block = max(_BLOCK, 4 * self.points)
@@ -54,71 +53,73 @@ class AFFD(Sketch):
         self.sizes = [block] * blocks
         if rest:
             self.sizes.append(max(4 * self.points, _next_power_of_two(rest)))
-        self.factors = [_factors(size) for size in self.sizes]
 
-        scale = np.repeat(np.array(self.sizes) ** -0.5, self.sizes)  # makes H' orthonormal
-        gains = normals(self._key("gains"), 0, sum(self.sizes)) * scale
-        flips = signs(self._key("signs"), 0, in_features)
-        self.register_buffer("gains", torch.from_numpy(gains).float(), persistent=False)
-        self.register_buffer("signs", torch.from_numpy(flips).float(), persistent=False)
-        for i, factor in enumerate(("leading", "trailing")):
-            drawn = [
-                permutation(self._key(f"{factor}/{block}"), sizes[i])
-                for block, sizes in enumerate(self.factors)
-            ]
-            indices = torch.from_numpy(np.concatenate(drawn))
-            self.register_buffer(factor, indices, persistent=False)
+    def groups(self, coordinates: int) -> Iterator[tuple[int, int, int]]:
+        """Blocks of one size together, about so many coordinates: first of them, size, count."""
+        first = 0
+        for size, blocks in Counter(self.sizes).items():
+            most = max(1, coordinates // size)
+            for done in range(0, blocks, most):
+                count = min(most, blocks - done)
+                yield first, size, count
+                first += size * count
 
-    def partial(self, x: Tensor) -> Tensor:
-        """All but the last transform: [B, p] -> [B, D']."""
+    def gains(self, first: int, size: int, count: int, device: Device = "cpu") -> Tensor:
+        """The Gaussians of `count` blocks, over sqrt(size): H' becomes orthonormal. float32."""
+        return (normals(self.key("gains"), first, size * count, device) * size**-0.5).float()
+
+    def permutations(
+        self, first: int, size: int, count: int, device: Device = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Of the two Kronecker factors of `count` blocks, [count, factor] each."""
+        leading, trailing = _factors(size)
+        return (
+            permutations(self.key(f"leading/{size}"), first // size, count, leading, device),
+            permutations(self.key(f"trailing/{size}"), first // size, count, trailing, device),
+        )
+
+    def _partial(self, x: Tensor) -> Tensor:
+        if fast := kernels(x):
+            return fast.affd(self, x)
         total = x.new_zeros(self.points, len(x), dtype=accumulation_dtype(x.dtype))
-        start = 0
-        for size, gains, leading, trailing in self._blocks():
-            part = x[:, start : start + size].T
-            tile = total.new_zeros(size, len(x))
-            torch.mul(part, self.signs[start : start + size, None], out=tile[: len(part)])
+        for start, flips, gains, leading, trailing in self._blocks(x.device):
+            tile = total.new_zeros(len(gains), len(x))
+            part = x[:, start : start + len(flips)].T
+            torch.mul(part, flips[:, None], out=tile[: len(flips)])
             tile = hadamard(tile).mul_(gains[:, None])
             tile = tile.unflatten(0, (len(leading), -1)).index_select(0, leading).flatten(0, 1)
             tile = _fold(tile, max(self.points, len(trailing)))
             tile = tile.unflatten(0, (-1, len(trailing))).index_select(1, trailing)
             total += _fold(tile.flatten(0, 1), self.points)
-            start += size
         return total.T
 
-    def partial_adjoint(self, total: Tensor) -> Tensor:
-        """Adjoint of `partial`: [B, D'] -> [B, p]."""
+    def _partial_adjoint(self, total: Tensor) -> Tensor:
+        if fast := kernels(total):
+            return fast.affd_adjoint(self, total)
+        x = total.new_empty(len(total), self.in_features)
         rows = total.T
-        parts = []
-        start = 0
-        for size, gains, leading, trailing in self._blocks():
+        for start, flips, gains, leading, trailing in self._blocks(total.device):
             place = leading.argsort()[:, None] * len(trailing) + trailing.argsort()
             tile = rows.index_select(0, place.flatten() % self.points)
-            tile = hadamard(tile.mul_(gains[:, None]))
-            flips = self.signs[start : start + size, None]
-            parts.append(tile[: len(flips)] * flips)
-            start += size
-        return torch.cat(parts).T.contiguous()
+            tile = hadamard(tile.mul_(gains[:, None]))[: len(flips)]
+            torch.mul(tile, flips[:, None], out=x[:, start : start + len(flips)].T)
+        return x
 
-    def finish(self, total: Tensor) -> Tensor:
-        """The D'-point transform, cut to D: [B, D'] -> [B, D]."""
-        kept = hadamard(total.T)[: self.out_features]
-        return (kept * self.out_features**-0.5).T.contiguous()
+    def _finish(self, total: Tensor) -> Tensor:
+        kept = _hadamard_rows(total)[:, : self.out_features]
+        return kept * self.out_features**-0.5
 
-    def finish_adjoint(self, y: Tensor) -> Tensor:
-        """Adjoint of `finish`: [B, D] -> [B, D']."""
-        padded = pad(super().finish_adjoint(y), (0, self.points - self.out_features))
-        return (hadamard(padded.T) * self.out_features**-0.5).T
+    def _finish_adjoint(self, y: Tensor) -> Tensor:
+        padded = pad(y, (0, self.points - self.out_features))
+        return _hadamard_rows(padded) * self.out_features**-0.5
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Of each block: size n, gains [n], permutations of the two factors of n."""
-        leading, trailing = ([f[i] for f in self.factors] for i in (0, 1))
-        return zip(
-            self.sizes,
-            self.gains.split(self.sizes),
-            self.leading.split(leading),
-            self.trailing.split(trailing),
-            strict=True,
-        )
+    def _blocks(self, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """Of each block of n: start, signs [at most n], gains [n], permutations of its factors."""
+        for start, size, _ in self.groups(1):
+            filled = min(size, self.in_features - start)
+            flips = signs(self.key("signs"), start, filled, device)
+            leading, trailing = self.permutations(start, size, 1, device)
+            yield start, flips, self.gains(start, size, 1, device), leading[0], trailing[0]
 
 
 def whole_affd(
@@ -142,6 +143,11 @@ def whole_affd(
         second = torch.kron(second, factor[:, column])
     y = second @ (gaussians * (first @ (signs * x)))
     return (len(x) / out_features) ** 0.5 * y[:out_features]
+
+
+def _hadamard_rows(x: Tensor) -> Tensor:
+    fast = kernels(x)
+    return fast.hadamard(x) if fast and hasattr(fast, "hadamard") else hadamard(x.T).T
 
 
 def _next_power_of_two(n: int) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsel_assets.sketching.fast import kernels
 from dsel_assets.sketching.operator import Sketch, accumulation_dtype
 from dsel_assets.sketching.philox import integers, signs
 
@@ -15,30 +18,41 @@ class CountSketch(Sketch):
 
     Coordinates of one run never collide, those of different runs with probability 1/D, so that
     Var<Sx, Sy> = 1/D * sum over pairs i<j of different runs of (x_i y_j + x_j y_i)^2: never more
-    than that of Charikar et al.'s CountSketch, or of a dense Gaussian.
+    than that of Charikar et al.'s CountSketch, or of a dense Gaussian. A shorter last run needs no
+    padding.
     """
 
     kind = "countsketch"
-    signs: Tensor
 
     def __init__(self, in_features: int, out_features: int, seed: int = 0, name: str = "") -> None:
-        """See `Sketch`; keeps p signs and one shift a run."""
+        """See `Sketch`; keeps one shift a run."""
         super().__init__(in_features, out_features, seed, name)
-        flips = torch.from_numpy(signs(self._key("signs"), 0, in_features)).float()
-        self.register_buffer("signs", flips, persistent=False)
         runs = -(-in_features // out_features)
-        self.shifts: list[int] = integers(self._key("shifts"), 0, runs, out_features).tolist()
+        self.shifts = integers(self.key("shifts"), 0, runs, out_features)
 
-    def partial(self, x: Tensor) -> Tensor:
-        """S x: [B, p] -> [B, D]."""
-        D = self.out_features
-        total = x.new_zeros(len(x), D, dtype=accumulation_dtype(x.dtype))
-        for start, shift in zip(range(0, self.in_features, D), self.shifts, strict=True):
-            run = x[:, start : start + D] * self.signs[start : start + D]
-            total += pad(run, (0, D - run.shape[1])).roll(shift, dims=1)
+    def _partial(self, x: Tensor) -> Tensor:
+        if fast := kernels(x):
+            return fast.countsketch(x, self.shifts, self.out_features, self.key("signs"))
+        total = x.new_zeros(len(x), self.out_features, dtype=accumulation_dtype(x.dtype))
+        for start, shift, flips in self._runs(x.device):
+            run = x[:, start : start + len(flips)] * flips
+            total += pad(run, (0, self.out_features - len(flips))).roll(shift, dims=1)
         return total
 
-    def partial_adjoint(self, total: Tensor) -> Tensor:
-        """S^T y: [B, D] -> [B, p]."""
-        runs = torch.cat([total.roll(-shift, dims=1) for shift in self.shifts], dim=1)
-        return runs[:, : self.in_features] * self.signs
+    def _partial_adjoint(self, total: Tensor) -> Tensor:
+        if fast := kernels(total):
+            return fast.countsketch_adjoint(
+                total, self.shifts, self.in_features, self.key("signs")
+            )
+        x = total.new_empty(len(total), self.in_features)
+        for start, shift, flips in self._runs(total.device):
+            run = total.roll(-shift, dims=1)[:, : len(flips)]
+            torch.mul(run, flips, out=x[:, start : start + len(flips)])
+        return x
+
+    def _runs(self, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        """Of each run: where it starts, its shift, its signs."""
+        D = self.out_features
+        for start, shift in zip(range(0, self.in_features, D), self.shifts.tolist(), strict=True):
+            size = min(D, self.in_features - start)
+            yield start, shift, signs(self.key("signs"), start, size, device)

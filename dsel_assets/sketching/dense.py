@@ -1,44 +1,63 @@
-"""The dense Gaussian sketch: the reference that others are measured against."""
+"""The dense sketches: the references that others are measured against."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dsel_assets.sketching.operator import Sketch, accumulation_dtype
-from dsel_assets.sketching.philox import normals
+from dsel_assets.sketching.philox import normals, signs
 
 _COLUMNS = 256  # of S that exist at a time
 
 
-class Gaussian(Sketch):
-    """S with independent N(0, 1/D) entries, drawn anew in blocks of columns at every call.
+class Dense(Sketch):
+    """S with independent entries, drawn anew in blocks of columns at every call.
 
-    Relative variance of |Sx|^2 is exactly 2/D for every x. Time p*D per row, memory O(D).
+    Time p*D per row, memory O(D).
     """
+
+    def _entries(self, start: int, count: int, device: torch.device) -> Tensor:
+        """Entries of unit variance, S read column by column: [count]."""
+        raise NotImplementedError
+
+    def _partial(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(len(x), self.out_features, dtype=accumulation_dtype(x.dtype))
+        for start, columns in self._blocks(x.device):
+            total += _combine(x[:, start : start + len(columns)].to(total.dtype), columns)
+        return total
+
+    def _partial_adjoint(self, total: Tensor) -> Tensor:
+        blocks = (columns.T.contiguous() for _, columns in self._blocks(total.device))
+        return torch.cat([_combine(total, block) for block in blocks], dim=1)
+
+    def _blocks(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Of each block: where it starts, its columns of S as rows [at most _COLUMNS, D]."""
+        D = self.out_features
+        for start in range(0, self.in_features, _COLUMNS):
+            size = min(_COLUMNS, self.in_features - start)
+            entries = self._entries(start * D, size * D, device) / D**0.5
+            yield start, entries.float().reshape(size, D)
+
+
+class Gaussian(Dense):
+    """Entries N(0, 1/D): the relative variance of |Sx|^2 is exactly 2/D for every x."""
 
     kind = "gaussian"
 
-    def partial(self, x: Tensor) -> Tensor:
-        """S x, one block of coordinates after the other: [B, p] -> [B, D]."""
-        total = x.new_zeros(len(x), self.out_features, dtype=accumulation_dtype(x.dtype))
-        for start in range(0, self.in_features, _COLUMNS):
-            block = self._block(start, x.device)
-            total += _combine(x[:, start : start + len(block)].to(total.dtype), block)
-        return total
+    def _entries(self, start: int, count: int, device: torch.device) -> Tensor:
+        return normals(self.key("entries"), start, count, device)
 
-    def partial_adjoint(self, total: Tensor) -> Tensor:
-        """S^T y: [B, D] -> [B, p]."""
-        starts = range(0, self.in_features, _COLUMNS)
-        blocks = (self._block(start, total.device) for start in starts)
-        return torch.cat([_combine(total, block.T.contiguous()) for block in blocks], dim=1)
 
-    def _block(self, start: int, device: torch.device) -> Tensor:
-        """Columns start, start+1, ... of S as rows: [at most _COLUMNS, D] float32."""
-        columns = min(_COLUMNS, self.in_features - start)
-        D = self.out_features
-        entries = normals(self._key("entries"), start * D, columns * D) / D**0.5
-        return torch.from_numpy(entries.reshape(columns, D)).to(device, torch.float32)
+class Rademacher(Dense):
+    """Entries +-1/sqrt(D): Var<Sx, Sy> = (|x|^2 |y|^2 + <x,y>^2 - 2 sum x_i^2 y_i^2) / D."""
+
+    kind = "rademacher"
+
+    def _entries(self, start: int, count: int, device: torch.device) -> Tensor:
+        return signs(self.key("entries"), start, count, device)
 
 
 def _combine(coefficients: Tensor, rows: Tensor) -> Tensor:

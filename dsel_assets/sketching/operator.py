@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from dsel_assets.sketching.philox import Key, stream_key
+
+Rows = Callable[[Tensor], Tensor]  # a linear map of rows, [B, n] -> [B, m]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,20 +20,57 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Linear(Function):
+    """A linear map with its adjoint, for autograd and torch.func: `Linear.apply(x, map, adjoint)`.
+
+    Its derivative in both directions is the map or the adjoint, whatever they are computed with.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, apply: Rows, adjoint: Rows) -> Tensor:
+        """The map on rows [B, n] -> [B, m]."""
+        return apply(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Rows, Rows], output: Tensor) -> None:
+        """Keeps the two maps, and no tensor."""
+        ctx.apply, ctx.adjoint = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """The adjoint, itself differentiable."""
+        return Linear.apply(gradients[0], ctx.adjoint, ctx.apply), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """The map itself."""
+        return Linear.apply(tangents[0], ctx.apply, ctx.adjoint)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, apply: Rows, adjoint: Rows) -> tuple[Tensor, int]:
+        """Rows of rows are rows."""
+        rows = x.movedim(in_dims[0], 0)
+        return Linear.apply(rows.flatten(0, 1), apply, adjoint).unflatten(0, rows.shape[:2]), 0
+
+
 class Sketch(nn.Module):
     """A random linear map S: R^p -> R^D with E|Sx|^2 = |x|^2 for every x.
 
     Calling it maps [..., p] to [..., D]; `adjoint` maps [..., D] to [..., p]. A row gives the same
     bits whatever stands beside it in the batch and however many threads run. NaN and infinity
-    surface in the output. Not for autograd: the derivative of S is S, its transpose `adjoint`.
+    surface in the output. Autograd and torch.func pass through both directions, so that
+    `grad(lambda w: loss(theta + sketch.adjoint(w)))` at 0 is the sketched gradient (the implicit
+    mode of arXiv:2402.03994; `sketch(grad(loss)(theta))`, the explicit one, is faster).
 
     A sketch is `finish` after `partial`. Partial sketches of several tensors add up and `finish` is
-    linear, so that a model's tensors share one `finish` (`ModelSketch`). Subclasses write these two
-    and their adjoints, on rows [B, .].
+    linear, so that a model's tensors share one `finish` (`ModelSketch`). Subclasses write `_partial`
+    and `_partial_adjoint`, and `_finish` with its adjoint where it is not the identity, on rows.
+    Randomness is drawn from Philox piece by piece: nothing of p entries is kept.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1  # raise it whenever the same seed begins to give another operator
+    variance: ClassVar[float] = 2.0  # D * Var(|Sx|^2) / |x|^4 is promised not to exceed this
 
     def __init__(self, in_features: int, out_features: int, seed: int = 0, name: str = "") -> None:
         """A sketch from p = in_features to D = out_features; (seed, name) select the randomness."""
@@ -45,6 +86,11 @@ class Sketch(nn.Module):
         self.name = name
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What else determines the operator, as plain values; part of the identity."""
+        return {}
+
+    @property
     def identity(self) -> str:
         """JSON of all that determines the operator; equal on every machine and device."""
         fields = {
@@ -55,7 +101,7 @@ class Sketch(nn.Module):
             "seed": self.seed,
             "name": self.name,
         }
-        return json.dumps(fields)
+        return json.dumps(fields | self.options)
 
     def extra_repr(self) -> str:
         """The identity, for print(sketch)."""
@@ -78,21 +124,34 @@ class Sketch(nn.Module):
 
     def partial(self, x: Tensor) -> Tensor:
         """The part of S that is the tensor's own: [B, p] -> [B, D'] in the accumulation dtype."""
-        raise NotImplementedError
-
-    def finish(self, total: Tensor) -> Tensor:
-        """The part of S that depends on D alone: a sum of partial sketches [B, D'] -> [B, D]."""
-        return total
-
-    def finish_adjoint(self, y: Tensor) -> Tensor:
-        """Adjoint of `finish`: [B, D] -> [B, D'] in the accumulation dtype."""
-        return y.to(accumulation_dtype(y.dtype))
+        return Linear.apply(x, self._partial, self._partial_adjoint)
 
     def partial_adjoint(self, total: Tensor) -> Tensor:
         """Adjoint of `partial`: [B, D'] -> [B, p]."""
+        return Linear.apply(total, self._partial_adjoint, self._partial)
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The part of S that depends on D alone: a sum of partial sketches [B, D'] -> [B, D]."""
+        return Linear.apply(total, self._finish, self._finish_adjoint)
+
+    def finish_adjoint(self, y: Tensor) -> Tensor:
+        """Adjoint of `finish`: [B, D] -> [B, D'] in the accumulation dtype."""
+        return Linear.apply(y.to(accumulation_dtype(y.dtype)), self._finish_adjoint, self._finish)
+
+    def _partial(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _key(self, stream: str) -> Key:
+    def _partial_adjoint(self, total: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _finish(self, total: Tensor) -> Tensor:
+        return total
+
+    def _finish_adjoint(self, y: Tensor) -> Tensor:
+        return y
+
+    def key(self, stream: str) -> Key:
+        """The Philox key of one of the operator's streams."""
         return stream_key(self.seed, self.name, f"{self.kind}/{stream}")
 
     def _rows(self, x: Tensor, features: int, what: str) -> Tensor:

@@ -1,7 +1,8 @@
-"""Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC 2011), the same on every machine.
+"""Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC 2011), the same on every device.
 
 A stream is a 64-bit key made from (seed, tensor name, purpose); element i of a stream depends on
-the key and on i alone, so any piece can be drawn without drawing what stands before it.
+the key and on i alone, so any piece can be drawn without drawing what stands before it. The
+integers are equal bit for bit on every device; `normals` agree to an ulp of its logarithm.
 """
 
 from __future__ import annotations
@@ -9,30 +10,32 @@ from __future__ import annotations
 import hashlib
 import json
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 Key = tuple[int, int]
+Device = torch.device | str
 
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
 
-def philox(counter: NDArray[np.uint32], key: Key) -> NDArray[np.uint32]:
-    """Philox 4x32-10 of counters [..., 4] under one key of two 32-bit words: [..., 4] uint32."""
-    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+def philox(counter: Tensor, key: Key) -> Tensor:
+    """Philox 4x32-10 of counters [..., 4] under one key of two 32-bit words: [..., 4].
+
+    Both are int64 that hold 32-bit words, since torch has no arithmetic on uint32.
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        first, second = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0 = (second >> _SHIFT) ^ c1 ^ np.uint64(k0)
-        c1 = second & _LOW
-        c2 = (first >> _SHIFT) ^ c3 ^ np.uint64(k1)
-        c3 = first & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap around as they should
+        c0 = (second >> 32 & _LOW) ^ c1 ^ k0
+        c2 = (first >> 32 & _LOW) ^ c3 ^ k1
+        c1, c3 = second & _LOW, first & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
 def stream_key(seed: int, name: str, stream: str) -> Key:
@@ -41,40 +44,47 @@ def stream_key(seed: int, name: str, stream: str) -> Key:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def words(key: Key, start: int, count: int) -> NDArray[np.uint32]:
-    """Words start .. start+count-1 of the stream, uniform on 32 bits: [count] uint32."""
-    blocks = np.arange(start // 4, -(-(start + count) // 4), dtype=np.uint64)
-    counter = np.zeros((len(blocks), 4), dtype=np.uint32)
-    counter[:, 0] = blocks & _LOW
-    counter[:, 1] = blocks >> _SHIFT
-    return philox(counter, key).reshape(-1)[start % 4 :][:count]
+def words(key: Key, start: int, count: int, device: Device = "cpu") -> Tensor:
+    """Words start .. start+count-1 of the stream, uniform on 32 bits: [count] int64."""
+    blocks = torch.arange(start // 4, -(-(start + count) // 4), device=device)
+    none = torch.zeros_like(blocks)
+    counter = torch.stack((blocks & _LOW, blocks >> 32, none, none), dim=-1)
+    return philox(counter, key).flatten()[start % 4 :][:count]
 
 
-def signs(key: Key, start: int, count: int) -> NDArray[np.int8]:
+def signs(key: Key, start: int, count: int, device: Device = "cpu") -> Tensor:
     """Fair signs, one bit each (bit i mod 32 of word i // 32): [count] int8 of +1 and -1."""
     first = start // 32
-    packed = words(key, first, -(-(start + count) // 32) - first)
-    bits = np.unpackbits(packed.astype("<u4").view(np.uint8), bitorder="little")
-    return (1 - 2 * bits.astype(np.int8))[start % 32 :][:count]
+    packed = words(key, first, -(-(start + count) // 32) - first, device)
+    bits = packed[:, None] >> torch.arange(32, device=device) & 1
+    return (1 - 2 * bits).to(torch.int8).flatten()[start % 32 :][:count]
 
 
-def normals(key: Key, start: int, count: int) -> NDArray[np.float64]:
+def normals(key: Key, start: int, count: int, device: Device = "cpu") -> Tensor:
     """Independent N(0, 1) by Box-Muller, a pair from words 2i and 2i+1: [count] float64."""
     first = start // 2
     pairs = -(-(start + count) // 2) - first
-    uniform = (words(key, 2 * first, 2 * pairs).reshape(-1, 2) + 0.5) * 2.0**-32
-    radius = np.sqrt(-2.0 * np.log(uniform[:, 0]))
-    angle = 2.0 * np.pi * uniform[:, 1]
-    values = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1)
-    return values.reshape(-1)[start % 2 :][:count]
+    uniform = (words(key, 2 * first, 2 * pairs, device).double() + 0.5) * 2.0**-32
+    radius = (-2.0 * uniform[::2].log()).sqrt()
+    angle = 2.0 * torch.pi * uniform[1::2]
+    values = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return values.flatten()[start % 2 :][:count]
 
 
-def integers(key: Key, start: int, count: int, bound: int) -> NDArray[np.int64]:
-    """Integers on 0 .. bound-1 (bound <= 2**32), one word each: [count] int64."""
-    product = words(key, start, count).astype(np.uint64) * np.uint64(bound)
-    return (product >> _SHIFT).astype(np.int64)
+def integers(key: Key, start: int, count: int, bound: int, device: Device = "cpu") -> Tensor:
+    """Integers on 0 .. bound-1 (bound <= 2**31), one word each: [count] int64."""
+    return words(key, start, count, device) * bound >> 32
 
 
-def permutation(key: Key, size: int) -> NDArray[np.int64]:
-    """A random permutation: the order of the first `size` words, ties by position."""
-    return np.argsort(words(key, 0, size), kind="stable")
+def permutations(key: Key, first: int, count: int, size: int, device: Device = "cpu") -> Tensor:
+    """Random permutations first .. first+count-1 of 0 .. size-1: [count, size] int64.
+
+    Each is the order of `size` words, ties by position.
+    """
+    drawn = words(key, first * size, count * size, device).reshape(count, size)
+    return drawn.argsort(dim=1, stable=True)
+
+
+def permutation(key: Key, size: int, device: Device = "cpu") -> Tensor:
+    """The first of the stream's permutations of 0 .. size-1: [size] int64."""
+    return permutations(key, 0, 1, size, device)[0]

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from dsel_assets.sketching import philox as px
@@ -25,25 +26,26 @@ KEY = px.stream_key(3, "conv.weight", "test")
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
 def test_known_answers(counter, key, answer):
-    assert px.philox(np.array(counter, dtype=np.uint32), key).tolist() == answer
+    assert px.philox(torch.tensor(counter), key).tolist() == answer
 
 
 def test_lanes_are_independent_of_each_other():
-    counters = np.random.default_rng(0).integers(0, 2**32, (5, 3, 4), dtype=np.uint32)
+    counters = torch.randint(2**32, (5, 3, 4), generator=torch.Generator().manual_seed(0))
     together = px.philox(counters, KEY)
-    assert together.dtype == np.uint32 and together.shape == counters.shape
-    assert (together[4, 2] == px.philox(counters[4, 2], KEY)).all()
+    assert together.shape == counters.shape
+    assert (0 <= together).all() and (together < 2**32).all()
+    assert torch.equal(together[4, 2], px.philox(counters[4, 2], KEY))
 
 
 @pytest.mark.parametrize("draw", [px.words, px.signs, px.normals])
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (1, 1), (3, 70), (31, 34), (64, 5), (7, 0)])
 def test_a_piece_equals_the_same_piece_of_the_whole(draw, start, count):
-    np.testing.assert_array_equal(draw(KEY, start, count), draw(KEY, 0, 200)[start:][:count])
+    assert torch.equal(draw(KEY, start, count), draw(KEY, 0, 200)[start:][:count])
 
 
 def test_words_count_beyond_32_bits():
     start = 4 * (2**32 - 1) + 2
-    word = px.philox(np.array([0, 1, 0, 0], dtype=np.uint32), KEY)
+    word = px.philox(torch.tensor([0, 1, 0, 0]), KEY)
     assert (px.words(KEY, start, 6)[2:] == word).all()
 
 
@@ -70,8 +72,8 @@ def test_key_is_the_same_in_another_process():
 
 def test_distributions():
     n = 200_000
-    assert abs(px.signs(KEY, 0, n).mean(dtype=float)) < 4 / n**0.5
-    assert set(px.signs(KEY, 0, n)) == {-1, 1}
+    assert abs(px.signs(KEY, 0, n).double().mean()) < 4 / n**0.5
+    assert set(px.signs(KEY, 0, n).tolist()) == {-1, 1}
     assert stats.kstest(px.normals(KEY, 0, n), "norm").pvalue > 1e-3
     pairs = px.normals(KEY, 0, n).reshape(-1, 2)
     assert abs((pairs[:, 0] * pairs[:, 1]).mean()) < 4 / len(pairs) ** 0.5
@@ -79,7 +81,18 @@ def test_distributions():
     assert len(counts) == 12 and stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_permutation_is_one_and_uniform():
-    assert sorted(px.permutation(KEY, 1000)) == list(range(1000))
-    first = [px.permutation(px.stream_key(seed, "", ""), 6)[0] for seed in range(3000)]
-    assert stats.chisquare(np.bincount(first, minlength=6)).pvalue > 1e-3
+def test_permutations_are_that_and_uniform():
+    drawn = px.permutations(KEY, 0, 3000, 6)
+    assert torch.equal(drawn.sort(dim=1).values, torch.arange(6).expand(3000, 6))
+    assert stats.chisquare(np.bincount(drawn[:, 0], minlength=6)).pvalue > 1e-3
+    assert torch.equal(px.permutations(KEY, 7, 5, 6), drawn[7:12])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_integers_are_equal_on_cuda_and_the_normals_nearly():
+    for draw in (px.words, px.signs):
+        assert torch.equal(draw(KEY, 5, 1000, "cuda").cpu(), draw(KEY, 5, 1000))
+    torch.testing.assert_close(
+        px.normals(KEY, 5, 1000, "cuda").cpu(), px.normals(KEY, 5, 1000), rtol=1e-13, atol=1e-13
+    )
