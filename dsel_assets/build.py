@@ -7,10 +7,11 @@ import dagster as dg
 from dsel_assets.assets.base_model import base_model
 from dsel_assets.assets.checkpoints import checkpoints
 from dsel_assets.assets.declare import key
+from dsel_assets.assets.intrinsic import intrinsic_dimension
 from dsel_assets.assets.metrics import metrics
 from dsel_assets.assets.pool import pool
 from dsel_assets.assets.sketches import sketches
-from dsel_assets.assets.spectrum import hessian_spectrum
+from dsel_assets.assets.spectrum import finetuning_spectra, hessian_spectrum
 from dsel_assets.assets.subsets import subsets
 from dsel_assets.assets.target import target
 from dsel_assets.assets.verdict import verdict
@@ -26,6 +27,8 @@ ASSETS = (
     pool,
     sketches,
     hessian_spectrum,
+    finetuning_spectra,
+    intrinsic_dimension,
     subsets,
     checkpoints,
     metrics,

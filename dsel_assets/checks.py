@@ -18,26 +18,31 @@ def sketches_fit(task: Task) -> dg.AssetChecksDefinition:
         name="fit",
         blocking=True,
         description="Every example of the generation has a finite sketch of the task's space, or "
-        "stands in quarantine; no artifact is damaged.",
+        "stands in quarantine; no artifact is damaged, no sketch too far from its gradient.",
     )
     def fit(home: Home) -> dg.AssetCheckResult:
         import numpy as np
 
         from dsel_assets.steps.generation import current_generation, load_pool, members
+        from dsel_assets.steps.sketches import broken_promise
 
         ws = Workspace(task, home)
         generation = current_generation(ws)
-        damaged, rows, quarantined = [], 0, 0
+        damaged, broken, rows, quarantined = [], [], 0, 0
         for pool, gradients, sketches in members(ws, generation):
             damaged += [
                 str(entry.path / name)
                 for entry in (pool, gradients, sketches)
                 for name in entry.damaged()
             ]
+            if why := broken_promise(ws, sketches):
+                broken.append(f"{pool.manifest['fields']['arrival']}: {why}")
             rows += pool.manifest["rows"]
             quarantined += gradients.summary["quarantined"]
-        if damaged:
-            return dg.AssetCheckResult(passed=False, metadata={"damaged": ", ".join(damaged)})
+        if damaged or broken:
+            found = {"damaged": ", ".join(damaged), "distorted": "; ".join(broken)}
+            shown = {name: text for name, text in found.items() if text}
+            return dg.AssetCheckResult(passed=False, metadata=shown)
         sketched, duplicates, conflicts = load_pool(ws, generation)
         complete = rows == len(sketched) + len(duplicates) + len(conflicts) + quarantined
         assert sketched.sketches is not None

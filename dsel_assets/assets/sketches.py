@@ -15,6 +15,14 @@ def sketches(task: Task) -> dg.AssetsDefinition:
     spec = task.sketch
     of_operator = [*deps, key(task, "hessian_spectrum")] if spec.dim == "auto" else deps
 
+    promise = dg.AssetCheckSpec(
+        "keeps_inner_products",
+        asset=key(task, "sketches"),
+        blocking=True,
+        description="Inner products of a few gradients, exact and sketched: the share of pairs "
+        "within three standard deviations of what the kind of sketch promises.",
+    )
+
     @dg.multi_asset(
         name=f"{task.name}_gradients_and_sketches",
         specs=[
@@ -41,18 +49,29 @@ def sketches(task: Task) -> dg.AssetsDefinition:
             ),
         ],
         partitions_def=arrival_partitions(task),
+        check_specs=[promise],
         can_subset=True,
     )
     def gradients_and_sketches(
         context: dg.AssetExecutionContext, home: Home
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         from dsel_assets.steps.pool import ingest
-        from dsel_assets.steps.sketches import sketch
+        from dsel_assets.steps.sketches import broken_promise, sketch
 
         ws = Workspace(task, home)
         made = sketch(ws, ingest(ws, context.partition_key))
         for name, entry in (("gradients", made.gradients), ("sketches", made.sketches)):
             if key(task, name) in context.selected_asset_keys:
-                yield result(task, name, entry, {"source": made.source, **entry.summary})
+                shown = {name: value for name, value in entry.summary.items() if name != "quality"}
+                shown |= entry.summary.get("quality") or {}
+                yield result(task, name, entry, {"source": made.source, **shown})
+        if promise.key in context.selected_asset_check_keys:
+            why = broken_promise(ws, made.sketches)
+            yield dg.AssetCheckResult(
+                asset_key=promise.asset_key,
+                check_name=promise.name,
+                passed=why is None,
+                metadata={"why": why or "kept", **(made.sketches.summary["quality"] or {})},
+            )
 
     return gradients_and_sketches

@@ -1,34 +1,39 @@
-"""Spectra of symmetric operators known by their products alone, and what they advise."""
+"""Spectra of symmetric operators known by their products alone, through a sketch or without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from dsel_assets.sketching.philox import normals, signs, stream_key
-
-Matvec = Callable[[Tensor], Tensor]
+from dsel_assets.curvature.lanczos import Coefficients, Matvec, lanczos
+from dsel_assets.curvature.sketched import parameters_of, sketched_operator
+from dsel_assets.sketching import ModelSketch, Sketch
+from dsel_assets.sketching.philox import signs, stream_key
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What `spectrum` learnt of a symmetric operator H on R^dim; all float64.
+    """What `spectrum` learnt of a symmetric operator H on R^dim; float64 throughout.
 
     eigenvalues [k] in descending order: the Ritz values of largest magnitude, the top and (k > 1)
-                    the bottom one always among them; of a sketched operator, without its bias
+                    the bottom one always among them; seen through a sketch, without its bias
     raw         [k] the same before the correction
-    residuals   [k] |H u - raw u| of each: a true eigenvalue lies at most that far from raw
+    residuals   [k] |H u - raw u| of each, H as it was seen: one of its eigenvalues lies at most
+                    that far from raw
     trace       Hutchinson's estimate of tr H
-    frobenius   estimate of the Frobenius norm of H (of a sketched operator, of what was sketched)
-    nodes       [m] all Ritz values, ascending
-    weights     [m] their weights, which sum to 1: sum_i weights_i f(nodes_i) ~ tr f(H) / dim
+    frobenius   estimate of the Frobenius norm of H
+    nodes       [m] all Ritz values of H as it was seen, ascending, not corrected
+    weights     [m] their weights, which sum to 1: sum_i weights_i f(nodes_i) ~ tr f(H) / its size
     dim         the dimension that H acts on
+    vectors     [k, dim] orthonormal Ritz vectors u, of a sketched H [k, D]; None unless asked for
     """
 
     eigenvalues: NDArray[np.float64]
@@ -39,111 +44,128 @@ class Spectrum:
     nodes: NDArray[np.float64]
     weights: NDArray[np.float64]
     dim: int
+    vectors: Tensor | None = None
 
 
 def spectrum(
-    matvec: Matvec,
-    dim: int,
+    matvec: Callable[[Any], Any],
+    dim: int | None = None,
     *,
     k: int,
+    sketch: Sketch | ModelSketch | None = None,
     iterations: int | None = None,
+    tolerance: float | None = None,
     seed: int = 0,
     probes: int = 8,
-    sketched: bool = False,
+    vectors: bool = False,
+    state: str | Path | None = None,
+    every: int = 20,
     device: torch.device | str = "cpu",
 ) -> Spectrum:
     """Extreme eigenvalues, trace, Frobenius norm and spectral measure of a symmetric operator.
 
     matvec: the product with H, from a float64 vector [dim] on `device` to a vector [dim] of any
-    real dtype. It is called iterations + probes times.
-    k: how many eigenvalues; iterations: Lanczos steps, by default 2k + 60; both at most dim. The
-    residuals tell whether the steps were enough. Memory: iterations * dim * 8 bytes.
+    real dtype; with a `ModelSketch` both are {name: [*shape]}. It is called iterations + probes
+    times, and once more when resumed.
+    dim: may be left out with a sketch, which knows it.
+    k: how many eigenvalues; iterations: Lanczos steps, by default 2k + 60; both at most the size of
+    the Krylov space's vectors, D with a sketch, else dim. The residuals tell whether the steps were
+    enough. Memory: iterations * size * 8 bytes.
+    tolerance: stop as soon as no residual exceeds this share of the largest eigenvalue; an
+    eigenvalue's own error is about the residual's square over the gap to the next. A multiple
+    eigenvalue may be counted once.
     probes: Rademacher vectors z that give both tr H = E z'Hz and |H|_F^2 = E |Hz|^2 (Hutchinson).
-    sketched: H is v -> S(A(S'v)), seen through a sketch S: R^p -> R^dim. Its eigenvalues are those
-    of A plus tr(the rest of A) / dim; with tr(S A S') ~ tr A, and k eigenvalues each too large by
-    b, that is b = (trace - sum of raw) / (dim - k), which is subtracted. The squared Frobenius norm
-    is freed of its bias in the same way: E|S A S'|^2 = |A|^2 (1 + 1/dim) + tr(A)^2 / dim.
+    vectors: give the eigenvectors too.
+    state, every: a file to go on from after a kill (`lanczos`).
 
-    Lanczos with full, double re-orthogonalisation; where the Krylov space is invariant before the
-    steps are done, it goes on in a random direction orthogonal to it. One start vector serves the
-    spectral measure too (stochastic Lanczos quadrature, Ubaru et al. 2017).
+    sketch: look at S H S' on R^D instead (arXiv:2402.03994). With p = dim its eigenvalues are those
+    of H plus tr(the rest of H) / D, give or take |H|_F / sqrt(D), which smaller eigenvalues do not
+    stand out from. As tr(S H S') ~ tr H and k eigenvalues are too large by b each, the bias is
+    b = (trace - sum of raw) / (D - k), and raw - b is reported; the k are those farthest from b.
+    The squared Frobenius norm is freed of its bias in the same way:
+    E|S H S'|^2 = |H|^2 (1 + 1/D) + tr(H)^2 / D. One number corrects all eigenvalues only if S
+    treats all directions alike, which `afjl` does not.
 
-    Raises ValueError for k or iterations out of range, and if a product is not finite.
+    One start vector serves the spectral measure too (stochastic Lanczos quadrature, Ubaru et al.
+    2017).
+
+    Raises ValueError for numbers out of range, if a product is not finite or of another shape, and
+    for a state of another run (`StateError`).
     """
-    steps = min(dim, 2 * k + 60) if iterations is None else iterations
-    if not 1 <= k <= steps <= dim or probes < 1:
+    if sketch is None:
+        size = dim
+        seen = matvec
+    else:
+        size = sketch.out_features
+        seen = sketched_operator(matvec, sketch)
+        if dim not in (None, parameters_of(sketch)):
+            raise ValueError(f"the sketch reads {parameters_of(sketch)} parameters, dim is {dim}")
+        dim = parameters_of(sketch)
+    if size is None or dim is None:
+        raise ValueError("without a sketch, dim must be given")
+    steps = min(size, 2 * k + 60) if iterations is None else iterations
+    if not 1 <= k <= steps <= size or probes < 1 or every < 1:
         raise ValueError(
-            f"need 1 <= k <= iterations <= dim and probes >= 1, "
-            f"got k={k}, iterations={steps}, dim={dim}, probes={probes}"
+            f"need 1 <= k <= iterations <= {size}, probes >= 1 and every >= 1, "
+            f"got k={k}, iterations={steps}, probes={probes}, every={every}"
         )
 
     def product(v: Tensor) -> Tensor:
-        result = matvec(v).to(v)
+        result = seen(v).to(v)
+        if result.shape != v.shape:
+            raise ValueError(f"the product with {tuple(v.shape)} has shape {tuple(result.shape)}")
         if not result.isfinite().all():
             raise ValueError("the operator's product with a vector is not finite")
         return result
 
-    def gaussian(stream: str) -> Tensor:
-        return torch.from_numpy(normals(stream_key(seed, "lanczos", stream), 0, dim)).to(device)
+    trace, squares = _moments(product, size, probes, seed, device)
+    bulk = 0.0 if sketch is None else trace / size
 
-    diagonal, beside, last = _lanczos(product, steps, gaussian)
-    nodes, vectors = eigh_tridiagonal(diagonal, beside)
-    trace, squares = _moments(product, dim, probes, seed, device)
+    def enough(diagonal: Coefficients, beside: Coefficients) -> bool:
+        if len(diagonal) < k:
+            return False
+        nodes, ritz = eigh_tridiagonal(diagonal, beside[:-1])
+        residuals = np.abs(beside[-1] * ritz[-1, _kept(nodes - bulk, k)])
+        return bool(residuals.max() <= (tolerance or 0.0) * np.abs(nodes).max())
 
-    kept = np.argsort(-np.abs(nodes), kind="stable")[:k]
-    for end in (0, steps - 1):
-        if k > 1 and end not in kept:
-            kept[-1] = end
-    kept = np.sort(kept)[::-1]
+    krylov = lanczos(
+        product,
+        size,
+        steps,
+        seed=seed,
+        enough=enough if tolerance is not None else None,
+        state=state,
+        every=every,
+        settings={"sketch": sketch.identity if sketch is not None else None},
+        device=device,
+    )
+    nodes, ritz = eigh_tridiagonal(krylov.diagonal, krylov.beside[:-1])
+    kept = _kept(nodes - bulk, k)
     raw = nodes[kept]
     bias = 0.0
-    if sketched:
-        bias = (trace - raw.sum()) / max(dim - k, 1)
-        squares = max(0.0, squares - trace**2 / dim) / (1 + 1 / dim)
+    if sketch is not None:
+        bias = (trace - raw.sum()) / max(size - k, 1)
+        squares = max(0.0, squares - trace**2 / size) / (1 + 1 / size)
     return Spectrum(
         eigenvalues=raw - bias,
         raw=raw,
-        residuals=np.abs(last * vectors[-1, kept]),
+        residuals=np.abs(krylov.beside[-1] * ritz[-1, kept]),
         trace=trace,
         frobenius=squares**0.5,
         nodes=nodes,
-        weights=vectors[0] ** 2,
+        weights=ritz[0] ** 2,
         dim=dim,
+        vectors=torch.from_numpy(ritz.T[kept]).to(device) @ krylov.basis if vectors else None,
     )
 
 
-def _lanczos(
-    product: Matvec, steps: int, gaussian: Callable[[str], Tensor]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """The tridiagonal matrix of H: diagonal [m], beside it [m-1], and the m-th, left-over norm."""
-    start = _normalised(gaussian("start"))
-    basis = start.new_empty(steps, len(start))
-    basis[0] = start
-    diagonal, beside = np.zeros(steps), np.zeros(steps)
-    scale = 0.0
-    for j in range(steps):
-        w = product(basis[j])
-        diagonal[j] = torch.dot(basis[j], w).item()
-        w = _orthogonalised(w, basis[: j + 1])
-        beside[j] = w.norm().item()
-        scale = max(scale, abs(diagonal[j]), beside[j])
-        if j + 1 == steps:
-            break
-        if beside[j] <= 1e-12 * scale:  # the space so far is invariant
-            beside[j] = 0.0
-            w = _orthogonalised(gaussian(f"restart {j}"), basis[: j + 1])
-        basis[j + 1] = _normalised(w)
-    return diagonal, beside[:-1], float(beside[-1])
-
-
-def _orthogonalised(w: Tensor, basis: Tensor) -> Tensor:
-    for _ in range(2):
-        w = w - (basis @ w) @ basis
-    return w
-
-
-def _normalised(w: Tensor) -> Tensor:
-    return w / w.norm()
+def _kept(values: NDArray[np.float64], k: int) -> NDArray[np.intp]:
+    """Indices of the k largest magnitudes and of both ends, from the top; values ascending."""
+    kept = np.argsort(-np.abs(values), kind="stable")[:k]
+    for end in (0, len(values) - 1):
+        if k > 1 and end not in kept:
+            kept[-1] = end
+    return np.sort(kept)[::-1]
 
 
 def _moments(
@@ -152,70 +174,8 @@ def _moments(
     """Estimates of tr H and |H|_F^2 from the same products."""
     first, second = [], []
     for i in range(probes):
-        flips = signs(stream_key(seed, "hutchinson", f"probe {i}"), 0, dim)
-        z = torch.from_numpy(flips).to(device, torch.float64)
+        z = signs(stream_key(seed, "hutchinson", f"probe {i}"), 0, dim, device).double()
         product_z = product(z)
         first.append(torch.dot(z, product_z).item())
         second.append(product_z.square().sum().item())
     return float(np.mean(first)), float(np.mean(second))
-
-
-def density(spectrum: Spectrum, grid: ArrayLike, width: float) -> NDArray[np.float64]:
-    """The spectral density at `grid`, smoothed by a Gaussian of standard deviation `width`.
-
-    Integrates to 1. Units: 1 / eigenvalue. The nodes are those of the operator as it was given: a
-    sketched one's are not corrected.
-    """
-    if width <= 0:
-        raise ValueError(f"width must be positive, got {width}")
-    distance = (np.asarray(grid, dtype=np.float64)[..., None] - spectrum.nodes) / width
-    return np.exp(-0.5 * distance**2) @ spectrum.weights / (width * (2 * np.pi) ** 0.5)
-
-
-def negative_ratio(eigenvalues: ArrayLike) -> float:
-    """RNEG of arXiv:2402.03994: |most negative| / top positive eigenvalue.
-
-    0 without a negative eigenvalue, infinity with negative ones alone.
-    """
-    values = np.asarray(eigenvalues, dtype=np.float64)
-    negative, positive = max(0.0, -values.min()), max(0.0, values.max())
-    if negative == 0:
-        return 0.0
-    return float(negative / positive) if positive else float("inf")
-
-
-def outliers(eigenvalues: ArrayLike, share: float = 0.2) -> int:
-    """How many eigenvalues exceed `share` of the top one; arXiv:2402.03994 takes 20 %."""
-    values = np.asarray(eigenvalues, dtype=np.float64)
-    return int((values > max(0.0, share * values.max())).sum())
-
-
-def predicted_error(
-    spectrum: Spectrum, dimension: int | Sequence[int] | NDArray[np.int64], share: float = 0.2
-) -> NDArray[np.float64]:
-    """Expected relative error, through a sketch into D dimensions, of the smallest outlier.
-
-    (|tr(H) - sum of the outliers| / D + |H|_F / sqrt(D)) / smallest outlier: the bias by the bulk's
-    trace plus the noise. Same shape as `dimension`. Raises ValueError without a positive
-    eigenvalue.
-    """
-    count = outliers(spectrum.eigenvalues, share)
-    if count == 0:
-        raise ValueError("no eigenvalue is positive: there is no outlier whose error to predict")
-    D = np.asarray(dimension, dtype=np.float64)
-    top = spectrum.eigenvalues[:count]
-    return (abs(spectrum.trace - top.sum()) / D + spectrum.frobenius / np.sqrt(D)) / top[-1]
-
-
-def suggest_dimension(spectrum: Spectrum, tolerance: float, share: float = 0.2) -> int:
-    """The smallest power of two D with predicted_error(spectrum, D) <= tolerance.
-
-    At most the next power of two of the operator's dimension, where a sketch saves nothing; give
-    the spectrum of the operator itself, as a sketched one's dimension is the sketch's.
-    Raises ValueError if tolerance is not positive, or as `predicted_error`.
-    """
-    if tolerance <= 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
-    dimensions = [2**i for i in range((spectrum.dim - 1).bit_length() + 1)]
-    enough = predicted_error(spectrum, dimensions, share) <= tolerance
-    return dimensions[int(enough.argmax())] if enough.any() else dimensions[-1]

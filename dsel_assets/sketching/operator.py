@@ -34,17 +34,17 @@ class Linear(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Rows, Rows], output: Tensor) -> None:
         """Keeps the two maps, and no tensor."""
-        ctx.apply, ctx.adjoint = inputs[1:]
+        ctx.maps = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """The adjoint, itself differentiable."""
-        return Linear.apply(gradients[0], ctx.adjoint, ctx.apply), None, None
+        return Linear.apply(gradients[0], *reversed(ctx.maps)), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """The map itself."""
-        return Linear.apply(tangents[0], ctx.apply, ctx.adjoint)
+        return Linear.apply(tangents[0], *ctx.maps)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, apply: Rows, adjoint: Rows) -> tuple[Tensor, int]:

@@ -26,13 +26,15 @@ from dsel_assets.gradients import GradientBlock, gradient_blocks
 from dsel_assets.resources.rows import RowWriter, read_rows
 from dsel_assets.resources.store import Draft, Entry, write_json
 from dsel_assets.sketching import KINDS, ModelSketch
+from dsel_assets.sketching.quality import gram, gram_error
 from dsel_assets.steps.model import base_builder, gradient_space, trainable_shapes
 from dsel_assets.steps.pool import load_examples, with_constants
-from dsel_assets.steps.spectrum import hessian_spectrum
+from dsel_assets.steps.spectrum import PROBE, allowed_variance, hessian_spectrum
 from dsel_assets.steps.workspace import Workspace
 
 RAW = "raw.safetensors"
 SKETCHES = "sketches.safetensors"
+KEPT = 0.95  # share of pairs that must lie within three standard deviations of the promise
 
 
 class Sketched(NamedTuple):
@@ -64,6 +66,18 @@ def sketch_space(ws: Workspace) -> dict[str, Any]:
         "version": KINDS[spec.kind].version,
     }
     return gradient_space(ws) | {"sketch": operator, "dtype": "float32"}
+
+
+def broken_promise(ws: Workspace, sketched: Entry) -> str | None:
+    """Why these sketches are not to be relied on, or None; measured on a few exact gradients."""
+    quality = sketched.summary["quality"]
+    if quality is None or quality["within"] >= KEPT:
+        return None
+    return (
+        f"{quality['within']:.1%} of the inner products lie within three standard deviations of "
+        f"what a {ws.task.sketch.kind} sketch should keep, fewer than {KEPT:.0%}; take another "
+        "sketch.kind, or a larger sketch.dim"
+    )
 
 
 def sketch(ws: Workspace, examples: Entry) -> Sketched:
@@ -109,7 +123,7 @@ def find_sketched(ws: Workspace, examples: Entry) -> Sketched | None:
 
 
 def _fields(ws: Workspace, examples: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
-    made_of = {"examples": examples.identity, "version": 3}
+    made_of = {"examples": examples.identity, "version": 4}
     return made_of | {"space": gradient_space(ws)}, made_of | {"space": sketch_space(ws)}
 
 
@@ -145,7 +159,7 @@ def _stream(
     keep = rows is not None and 4 * width * len(known) <= ws.task.gradients.keep_raw_bytes
     losses, norms = np.zeros(len(known), np.float32), np.zeros(len(known), np.float32)
     with ExitStack() as stack:
-        raw = sketches = None
+        raw = sketches = quality = None
         if rows is not None and keep:
             raw = stack.enter_context(RowWriter(rows.path / RAW, width))
         if draft is not None:
@@ -160,16 +174,26 @@ def _stream(
             if raw is not None:
                 raw.append(torch.cat([g.flatten(1) for g in chosen.values()], 1).numpy())
             if sketches is not None:
-                sketches.append(operator(chosen).numpy())
+                sketched = operator(chosen)
+                sketches.append(sketched.numpy())
+                if quality is None and len(sketched) > 1:
+                    quality = _quality(ws, chosen, sketched)
             bar.update(len(block.losses))
     usable = _usable(torch.from_numpy(losses), torch.from_numpy(norms)).numpy()
     if draft is not None:
         pq.write_table(pa.table({"example_id": known.ids[usable]}), draft.path / "ids.parquet")
         draft.rows = int(usable.sum())
-        draft.summary = {"dimension": sketch_dimension(ws), "parameters": width}
+        draft.summary = {"dimension": sketch_dimension(ws), "parameters": width, "quality": quality}
     if rows is not None:
         _write_rows(ws, source, known, losses, norms, usable, rows)
         rows.summary |= {"parameters": width, "raw_kept": bool(keep)}
+
+
+def _quality(ws: Workspace, exact: dict[str, Tensor], sketched: Tensor) -> dict[str, float]:
+    """How well the sketches of a few exact gradients keep their inner products (`gram_error`)."""
+    few = {name: gradient[:PROBE] for name, gradient in exact.items()}
+    allowed = allowed_variance(ws.task.sketch.kind)
+    return gram_error(gram(few), gram(sketched[:PROBE]), sketched.shape[1], allowed)
 
 
 def _write_rows(

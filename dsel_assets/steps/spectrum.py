@@ -1,15 +1,23 @@
-"""The Hessian spectrum at the base checkpoint, and the sketch dimension that it advises."""
+"""Hessian spectra at the base checkpoint and along finetuning, and what they advise."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from dsel_assets.curvature import (
+    Spectrum,
+    alignment,
+    averaged,
     density,
+    gauss_newton_vector_product,
     hessian_vector_product,
     negative_ratio,
     outliers,
@@ -17,14 +25,20 @@ from dsel_assets.curvature import (
     spectrum,
     suggest_dimension,
 )
-from dsel_assets.resources.store import Entry, StoreError
+from dsel_assets.gradients import gradient_blocks
+from dsel_assets.resources.store import Draft, Entry, StoreError
+from dsel_assets.sketching import KINDS, ModelSketch
+from dsel_assets.sketching.dense import Dense
+from dsel_assets.sketching.quality import gram, gram_error
 from dsel_assets.steps.arrivals import arrivals
 from dsel_assets.steps.model import base_builder, base_model, trainable_shapes
+from dsel_assets.steps.path import finetuning_path, path_weights
 from dsel_assets.steps.pool import held_back, ingest, load_examples
 from dsel_assets.steps.workspace import Workspace
 
 SPECTRUM = "spectrum.json"
 DIMENSIONS = [2**i for i in range(6, 15)]
+PROBE = 64  # gradients whose inner products are compared with their sketches'
 
 
 def hessian_spectrum(ws: Workspace) -> Entry:
@@ -33,13 +47,13 @@ def hessian_spectrum(ws: Workspace) -> Entry:
     Ids are hashes, so the first examples by id are a random sample. Once taken it stays as the pool
     grows, also when a later arrival comes first by key, which pins the advised dimension.
     """
-    spec = ws.task.spectrum
     made_of = {
         "base": base_model(ws).identity,
         "trainable": list(trainable_shapes(ws)),
         "contract": ws.task.pool.columns.model_dump(mode="json"),
-        "spec": spec.model_dump(),
-        "version": 1,
+        "spec": ws.task.spectrum.model_dump(exclude={"steps"}),
+        "operator": {"kind": ws.task.sketch.kind, "seed": ws.task.sketch.seed},
+        "version": 2,
     }
     for entry in ws.store.entries(ws.task.name, "hessian_spectrum"):
         if made_of.items() <= entry.manifest["fields"].items():
@@ -51,46 +65,180 @@ def hessian_spectrum(ws: Workspace) -> Entry:
     else:
         raise StoreError(f"{ws.task.name}: no usable arrival in {ws.landing} yet")
     fields = made_of | {"pool": pool.identity}
+    with ws.store.write(ws.task.name, "hessian_spectrum", fields) as draft:
+        found = _measure(ws, pool, base_builder(ws)().state_dict(), draft)
+        content = json.loads((draft.path / SPECTRUM).read_text())
+        content["predicted_error"] = {
+            "dimension": DIMENSIONS,
+            "relative_error": predicted_error(found, DIMENSIONS).tolist(),
+        }
+        content["measured_error"] = _distortion(ws, pool)
+        (draft.path / SPECTRUM).write_text(json.dumps(content))
+        draft.summary["advised_dimension"] = suggest_dimension(found, ws.task.spectrum.tolerance)
+    return draft.done
+
+
+def spectrum_on_the_way(ws: Workspace, step: int) -> Entry:
+    """The same after `step` steps of the finetuning path, on the same examples."""
+    base = hessian_spectrum(ws)
+    path = finetuning_path(ws, base.manifest["fields"]["pool"])
+    fields = {
+        "path": path.identity,
+        "step": step,
+        "spec": base.manifest["fields"]["spec"],
+        "version": 1,
+    }
+    if entry := ws.store.find(ws.task.name, "finetuning_spectra", fields):
+        return entry
+    pool = ws.store.entry(ws.task.name, "pool", base.manifest["fields"]["pool"])
+    assert pool is not None
+    with ws.store.write(ws.task.name, "finetuning_spectra", fields) as draft:
+        _measure(ws, pool, path_weights(path, step), draft)
+        draft.summary["step"] = step
+    return draft.done
+
+
+def spectra_so_far(ws: Workspace) -> list[Entry]:
+    """The spectra of this task's finetuning path that are there, by step."""
+    path = finetuning_path(ws, hessian_spectrum(ws).manifest["fields"]["pool"])
+    every = ws.store.entries(ws.task.name, "finetuning_spectra")
+    own = [entry for entry in every if entry.manifest["fields"]["path"] == path.identity]
+    return sorted(own, key=lambda entry: entry.manifest["fields"]["step"])
+
+
+def _measure(ws: Workspace, pool: Entry, weights: Mapping[str, Tensor], draft: Draft) -> Spectrum:
+    """Write the spectrum of the loss at these weights into the draft.
+
+    Killed, it goes on from the Krylov vectors that it had.
+    """
+    spec = ws.task.spectrum
     examples = load_examples(pool)
     examples = examples.take(examples.ids.argsort()[: spec.examples])
     inputs, labels = torch.from_numpy(examples.inputs), torch.from_numpy(examples.labels)
     model = base_builder(ws)()
+    model.load_state_dict(dict(weights))
+    model.eval()
     parameters = {name: model.get_parameter(name).detach() for name in trainable_shapes(ws)}
-
-    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        return F.cross_entropy(functional_call(model, weights, (inputs,)), labels)
-
     size = sum(p.numel() for p in parameters.values())
-    with ws.store.write(ws.task.name, "hessian_spectrum", fields) as draft:
+    sketch = None
+    if spec.sketch_dim is not None:
+        sketch = ModelSketch(trainable_shapes(ws), "affd", spec.sketch_dim, ws.task.sketch.seed)
+    room = size if spec.sketch_dim is None else spec.sketch_dim
+    steps = min(spec.iterations, room)
+    product, gradient = _products(ws, model, parameters, inputs, labels)
+    state = draft.path.parent / f"{draft.identity}.lanczos"
+    with tqdm(total=steps + 8, desc="spectrum", unit="product", leave=False) as bar:
+
+        def counted(v: Any) -> Any:
+            bar.update()
+            return product(v)
+
         found = spectrum(
-            hessian_vector_product(loss, parameters),
+            counted,
             size,
-            k=min(spec.eigenvalues, size),
-            iterations=min(spec.iterations, size),
+            k=min(spec.eigenvalues, room),
+            iterations=steps,
+            sketch=sketch,
+            vectors=True,
+            state=state,
         )
-        low, high = found.nodes.min(), found.nodes.max()
-        width = (high - low) / 100
-        grid = torch.linspace(low - 5 * width, high + 5 * width, 400).tolist()
-        content = {
-            "eigenvalues": found.eigenvalues.tolist(),
-            "residuals": found.residuals.tolist(),
-            "density": {"grid": grid, "values": density(found, grid, width).tolist()},
-            "predicted_error": {
-                "dimension": DIMENSIONS,
-                "relative_error": predicted_error(found, DIMENSIONS).tolist(),
-            },
-        }
-        (draft.path / SPECTRUM).write_text(json.dumps(content))
-        draft.rows = len(found.eigenvalues)
-        draft.summary = {
-            "examples": len(examples),
-            "parameters": size,
-            "top_eigenvalue": float(found.eigenvalues[0]),
-            "negative_ratio": negative_ratio(found.eigenvalues),
-            "outliers": outliers(found.eigenvalues),
-            "trace": found.trace,
-            "frobenius": found.frobenius,
-            "largest_residual": float(found.residuals.max()),
-            "advised_dimension": suggest_dimension(found, spec.tolerance),
-        }
-    return draft.done
+    low, high = found.nodes.min(), found.nodes.max()
+    width = max((high - low) / 100, 1e-12)
+    grid = torch.linspace(low - 5 * width, high + 5 * width, 400, dtype=torch.float64).tolist()
+    content = {
+        "eigenvalues": found.eigenvalues.tolist(),
+        "raw": found.raw.tolist(),
+        "residuals": found.residuals.tolist(),
+        "density": {"grid": grid, "values": density(found, grid, width).tolist()},
+    }
+    (draft.path / SPECTRUM).write_text(json.dumps(content))
+    count = outliers(found.eigenvalues)
+    seen = sketch({k: g[None] for k, g in gradient.items()})[0] if sketch else _flat(gradient)
+    assert found.vectors is not None
+    draft.rows = len(found.eigenvalues)
+    draft.summary = {
+        "examples": len(examples),
+        "parameters": size,
+        "top_eigenvalue": float(found.eigenvalues[0]),
+        "negative_ratio": negative_ratio(found.eigenvalues),
+        "outliers": count,
+        "gradient_in_outliers": float(alignment(seen, found.vectors[:count])),
+        "trace": found.trace,
+        "frobenius": found.frobenius,
+        "largest_residual": float(found.residuals.max()),
+    }
+    state.unlink(missing_ok=True)
+    return found
+
+
+def _products(
+    ws: Workspace,
+    model: torch.nn.Module,
+    parameters: dict[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+) -> tuple[Callable[[Any], Any], dict[str, Tensor]]:
+    """The curvature's product averaged over batches, and the mean loss's gradient."""
+    spec = ws.task.spectrum
+    parts = list(zip(inputs.split(spec.batch_size), labels.split(spec.batch_size), strict=True))
+    keep = len(parts) == 1
+    products, sizes = [], [len(y) for _, y in parts]
+    gradient = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for x, y in parts:
+
+        def logits(weights: dict[str, Tensor], x: Tensor = x) -> Tensor:
+            return functional_call(model, weights, (x,))
+
+        def loss(weights: dict[str, Tensor], x: Tensor = x, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(functional_call(model, weights, (x,)), y)
+
+        def of_logits(outputs: Tensor, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(outputs, y)
+
+        if spec.curvature == "hessian":
+            products.append(hessian_vector_product(loss, parameters, keep=keep))
+        else:
+            products.append(gauss_newton_vector_product(logits, parameters, of_logits, keep=keep))
+        for name, part in torch.func.grad(loss)(parameters).items():
+            gradient[name] += part * (len(y) / len(labels))
+    return averaged(products, sizes), gradient
+
+
+def _distortion(ws: Workspace, pool: Entry) -> dict[str, list[float]]:
+    """Error of gradients' inner products through sketches of growing dimension, on a probe."""
+    shapes, spec = trainable_shapes(ws), ws.task.sketch
+    examples = load_examples(pool)
+    examples = examples.take(examples.ids.argsort()[:PROBE])
+    inputs, labels = torch.from_numpy(examples.inputs), torch.from_numpy(examples.labels)
+    block = next(gradient_blocks(base_builder(ws)(), inputs, labels, list(shapes), block=PROBE))
+    if len(block.losses) < 2:
+        return {"dimension": [], "rms": [], "within": []}
+    exact = gram(block.gradients)
+    slow = issubclass(KINDS[spec.kind], Dense)
+    dimensions = [D for D in DIMENSIONS if not slow or D <= 1024]
+    found = [
+        gram_error(
+            exact,
+            gram(ModelSketch(shapes, spec.kind, D, spec.seed)(block.gradients)),
+            D,
+            allowed_variance(spec.kind),
+        )
+        for D in dimensions
+    ]
+    return {
+        "dimension": [float(D) for D in dimensions],
+        "rms": [one["rms"] for one in found],
+        "within": [one["within"] for one in found],
+    }
+
+
+def allowed_variance(kind: str) -> float:
+    """What a sketch of this kind is held to (`Sketch.variance`).
+
+    One that promises nothing is held to the worst that the safe ones promise.
+    """
+    return min(KINDS[kind].variance, KINDS["affd"].variance)
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
