@@ -1,0 +1,322 @@
+"""Sketches measured: speed against reading the input once, error on real gradients, spectra.
+
+    python benchmarks/sketching.py [speed fidelity ...] [--write docs/sketching.md]
+
+Without a section it runs all of them. --write puts each table between its marks in the page. Peers
+are timed in the same process where they are installed: `pip install --no-deps -r
+benchmarks/peers.txt`, without their dependencies, since some pull another torch.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import page
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsel_assets.gradients import gradient_blocks
+from dsel_assets.sketching import ModelSketch, make_sketch
+from dsel_assets.sketching.hadamard import hadamard
+
+KINDS = ("gaussian", "countsketch", "sjlt", "srht", "affd", "afjl", "fjl", "qk", "ffd")
+PAPER = {"affd": (10, 12, 13), "afjl": (12, 13, 15), "fjl": (10, 12, 13), "qk": (14, 16, 17)}
+PAPER["ffd"] = (10, 12, 14)
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("gaussian", {}),
+    ("countsketch", {}),
+    ("sjlt", {"nonzeros": 1}),
+    ("sjlt", {"nonzeros": 4}),
+    ("srht", {}),
+    ("affd", {}),
+    *(("affd_whole", {"preconditioner": name}) for name in ("hadamard", "fft", "orthogonal")),
+    ("afjl", {}),
+    ("fjl", {}),
+    ("ffd", {}),
+    ("qk", {"layout": "balanced"}),
+    ("qk", {"layout": "listed"}),
+]
+
+
+def seconds(work: Callable[..., Any], *given: Any) -> float:
+    started = time.perf_counter()
+    work(*given)
+    return time.perf_counter() - started
+
+
+# speed
+
+
+def speed() -> str:
+    """256 gradients of a million entries into 4096 dimensions, two threads, single precision."""
+    n, p, D = 256, 10**6, 4096
+    torch.set_num_threads(2)
+    X = torch.randn(n, p, generator=torch.Generator().manual_seed(0))
+    exact = X[:64] @ X[:64].T
+    rows = []
+    for name, project, rounds in _contenders(X, D):
+        seconds(project, X[:2])  # compiled or loaded
+        pairs, extra = [], 0.0
+        for _ in range(rounds):
+            floor = seconds(X.sum)
+            before = _memory(reset=True)
+            started = time.perf_counter()
+            Y = project(X)
+            pairs.append((floor, time.perf_counter() - started))
+            extra = max(extra, _memory() - before)
+        took = float(np.median([own for _, own in pairs]))
+        ratio = float(np.median([own / floor for floor, own in pairs]))
+        rows.append(
+            (name, f"{took:.3f}", f"{ratio:.1f}", f"{_error(exact, Y[:64]):.4f}", f"{extra:.0f}")
+        )
+        print(*rows[-1], f"(floor {np.median([floor for floor, _ in pairs]):.4f} s)", flush=True)
+    header = ("contender", "seconds", "times one read", "error of inner products", "extra MiB")
+    return page.markdown(header, rows)
+
+
+def _contenders(X: Tensor, D: int) -> Iterable[tuple[str, Callable[[Tensor], Tensor], int]]:
+    p = X.shape[1]
+    for kind in ("countsketch", "affd"):
+        yield f"**{kind}**", make_sketch(kind, p, D), 9
+    yield "torch `index_add_`", _index_add(p, D), 3
+    if find_spec("sklearn"):
+        yield "scikit-learn `SparseRandomProjection`, transform", _sparse(p, D), 1
+    if find_spec("dattri"):
+        from dattri.func.projection import random_project
+
+        for kind in ("normal", "rademacher"):
+
+            def dattri(x: Tensor, kind: str = kind) -> Tensor:
+                return random_project(x, len(x), D, 32, 0, kind, device="cpu")(x)
+
+            yield f"dattri, {kind}", dattri, 1
+    if find_spec("trak"):
+        from trak.projectors import BasicProjector, ProjectionType
+
+        for type_ in (ProjectionType.normal, ProjectionType.rademacher):
+            projector = BasicProjector(p, D, 0, type_, torch.device("cpu"))
+
+            def trak(x: Tensor, projector: Any = projector) -> Tensor:
+                return projector.project(x, 0) / D**0.5  # it does not scale
+
+            yield f"TRAK `BasicProjector`, {type_.value}", trak, 1
+
+
+def _index_add(p: int, D: int) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    buckets = torch.randint(D, (p,), generator=generator)
+    flips = torch.randint(2, (p,), generator=generator).float() * 2 - 1
+
+    def project(x: Tensor) -> Tensor:
+        parts = [
+            torch.zeros(len(part), D).index_add_(1, buckets, part * flips) for part in x.split(16)
+        ]
+        return torch.cat(parts)
+
+    return project
+
+
+def _sparse(p: int, D: int) -> Callable[[Tensor], Tensor]:
+    from sklearn.random_projection import SparseRandomProjection
+
+    fitted = SparseRandomProjection(D, dense_output=True, random_state=0).fit(np.zeros((1, p)))
+    return lambda x: torch.from_numpy(np.asarray(fitted.transform(x.numpy())))
+
+
+def _memory(reset: bool = False) -> float:
+    """MiB of resident memory, now with `reset`, else at most since then (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+
+
+def _error(exact: Tensor, Y: Tensor) -> float:
+    """Root mean square error of the pairs' inner products, over the product of the norms."""
+    norms = exact.diagonal().sqrt()
+    error = (Y @ Y.T - exact) / (norms[:, None] * norms)
+    return float(error.square().mean().sqrt())
+
+
+# fidelity
+
+
+def digits_network() -> tuple[nn.Module, Tensor, Tensor]:
+    """The note's MLP 64-256-256-10 (p = 85,002) after 100 steps on UCI's digits, and the data."""
+    data = load_digits()
+    x, y = torch.from_numpy(data.data).float() / 16, torch.from_numpy(data.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step in range(100):
+        rows = slice(step * 32 % 1500, step * 32 % 1500 + 32)
+        optimiser.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimiser.step()
+    return model, x, y
+
+
+def fidelity(seeds: int = 10) -> str:
+    """Correlation of sketched with exact inner products of 300 normalised gradients."""
+    model, x, y = digits_network()
+    names = [name for name, _ in model.named_parameters()]
+    blocks = list(gradient_blocks(model, x[:300], y[:300], names, block=300))
+    gradients = {
+        name: g / blocks[0].norms.reshape(-1, *[1] * (g.ndim - 1))
+        for name, g in blocks[0].gradients.items()
+    }
+    flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    exact = flat @ flat.T
+    shapes = {name: g.shape[1:] for name, g in gradients.items()}
+    pairs = torch.triu_indices(300, 300, 1)
+    wanted = exact[pairs[0], pairs[1]].numpy()
+    dimensions = [2**k for k in range(6, 15)]
+    found: dict[str, list[float]] = {}
+    errors: dict[str, list[float]] = {}
+    for kind in KINDS:
+        for D in dimensions:
+            if kind == "gaussian" and D > 2**10:
+                break
+            scores, misses = [], []
+            for seed in range(seeds if kind != "gaussian" else 2):
+                Y = ModelSketch(shapes, kind, D, seed)(gradients)
+                got = (Y @ Y.T)[pairs[0], pairs[1]].numpy()
+                scores.append(np.corrcoef(wanted, got)[0, 1])
+                misses.append(np.sqrt(np.mean((wanted - got) ** 2)))
+            found.setdefault(kind, []).append(float(np.mean(scores)))
+            errors.setdefault(kind, []).append(float(np.mean(misses)))
+        print(kind, [f"{r:.4f}" for r in found[kind]], flush=True)
+    rows = []
+    for kind in KINDS:
+        cells = [f"{r:.4f} / {e:.3f}" for r, e in zip(found[kind], errors[kind], strict=True)][2::2]
+        needed = [_needed(dimensions, found[kind], level) for level in (0.95, 0.98, 0.99)]
+        paper = "/".join(map(str, PAPER[kind])) if kind in PAPER else ""
+        rows.append((kind, *cells, *[""] * (5 - 2 - len(cells) + 1), "/".join(needed), paper))
+    header = ("kind", "D = 2^8", "2^10", "2^12", "2^14", "log2 D for r > .95/.98/.99", "paper")
+    return page.markdown(header, rows)
+
+
+def _needed(dimensions: list[int], scores: list[float], level: float) -> str:
+    enough = [D for D, r in zip(dimensions, scores, strict=False) if r > level]
+    if enough:
+        return str(enough[0].bit_length() - 1)
+    return f">{dimensions[len(scores) - 1].bit_length() - 1}"
+
+
+# variance
+
+
+def variance(seeds: int = 400) -> str:
+    """D * Var(|Sx|^2) of unit vectors of the kinds that break sketches."""
+    N, D, side = 2**14, 2**8, 128
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {
+        "dense": randn(N),
+        "one coordinate": torch.eye(1, N)[0],
+        "column, stride D": torch.zeros(N).index_add_(0, torch.arange(0, N, D), randn(N // D)),
+        "row": torch.zeros(N).index_add_(0, torch.arange(5 * D, 5 * D + side), randn(side)),
+        "rank one": torch.outer(randn(side), randn(side)).flatten(),
+        "FFD's worst": torch.cat([hadamard(torch.eye(1, D)[0]), torch.zeros(N - D)]),
+        "heavy tail": randn(N) ** 9,
+    }
+    X = torch.stack([x / x.norm() for x in inputs.values()])
+    rows = []
+    for kind, options in VARIANTS:
+        count = seeds // 4 if kind in ("gaussian", "rademacher") else seeds
+        squares = torch.stack(
+            [
+                make_sketch(kind, N, D, s, **options)(X).double().square().sum(1)
+                for s in range(count)
+            ]
+        )
+        mean, spread = squares.mean(0), D * squares.var(0)
+        name = " ".join([kind, *map(str, options.values())])
+        rows.append((name, *(f"{m:.2f} / {v:.2g}" for m, v in zip(mean, spread, strict=True))))
+        print(*rows[-1], flush=True)
+    return page.markdown(("mean / V", *inputs), rows)
+
+
+# linear layers
+
+
+def linear() -> str:
+    """TensorSketch and LoGra on a layer's factors, and CountSketch of the gradient itself."""
+    n, T, size, D = 128, 32, 1000, 4096
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(0)
+    data = {
+        "iid tokens": torch.randn(2, n, T, size, generator=generator),
+        "massive activation": torch.randn(2, n, T, size, generator=generator),
+        "one token": torch.randn(2, n, 1, size, generator=generator),
+    }
+    data["massive activation"][:, :, 0] *= 30
+
+    def made(kind: str, seed: int, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        sketch = make_sketch(kind, size * size, D, seed, columns=size, **options)
+        return sketch.of_factors  # type: ignore[return-value]
+
+    def formed(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+        sketch = make_sketch("countsketch", size * size, D, seed)
+
+        def project(x: Tensor, d: Tensor) -> Tensor:
+            parts = zip(x.split(16), d.split(16), strict=True)
+            return torch.cat([sketch((b.mT @ a).flatten(1)) for a, b in parts])
+
+        return project
+
+    contenders = {
+        "`logra` 64 x 64": lambda seed: made("logra", seed, kept_rows=64),
+        "`logra` 16 x 256": lambda seed: made("logra", seed, kept_rows=16),
+        "`tensorsketch`": lambda seed: made("tensorsketch", seed),
+        "gradient formed, `countsketch`": formed,
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    x, d = data["iid tokens"]
+    for _ in range(7):
+        for name, make in contenders.items():
+            project = make(0)
+            times[name].append(seconds(project, x, d))
+    base = np.array(times["`logra` 64 x 64"][1:])
+    rows = []
+    for name, make in contenders.items():
+        cells = []
+        for x, d in data.values():
+            exact = (x.flatten(0, 1) @ x.flatten(0, 1).T) * (d.flatten(0, 1) @ d.flatten(0, 1).T)
+            exact = exact.reshape(n, x.shape[1], n, x.shape[1]).sum((1, 3))
+            sketched = [make(seed)(x, d) for seed in range(5)]
+            misses = [(Y @ Y.T - exact).square().mean().sqrt() for Y in sketched]
+            cells.append(f"{torch.stack(misses).mean() / exact.diagonal().mean():.4f}")
+        norms = torch.cat([Y.norm(dim=1) / exact.diagonal().sqrt() for Y in sketched])
+        own = np.array(times[name][1:])
+        rows.append(
+            (
+                name,
+                *cells,
+                f"{norms.std():.3f}",
+                f"{np.median(own):.3f}",
+                f"{np.median(own / base):.2f}",
+            )
+        )
+        print(*rows[-1], flush=True)
+    header = (*data, "one token, sd of the norm", "seconds", "times `logra` 64 x 64")
+    return page.markdown(("", *header), rows)
+
+
+SECTIONS = {"speed": speed, "fidelity": fidelity, "variance": variance, "linear": linear}
+
+
+if __name__ == "__main__":
+    page.main(SECTIONS, __doc__)
