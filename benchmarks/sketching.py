@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from dsel_assets.gradients import gradient_blocks
 from dsel_assets.sketching import ModelSketch, make_sketch
 from dsel_assets.sketching.hadamard import hadamard
+from dsel_assets.sketching.logra import LoGra
+from dsel_assets.sketching.tensorsketch import TensorSketch
 
 KINDS = ("gaussian", "countsketch", "sjlt", "srht", "affd", "afjl", "fjl", "qk", "ffd")
 PAPER = {"affd": (10, 12, 13), "afjl": (12, 13, 15), "fjl": (10, 12, 13), "qk": (14, 16, 17)}
@@ -252,67 +254,85 @@ def variance(seeds: int = 400) -> str:
 # linear layers
 
 
-def linear() -> str:
-    """TensorSketch and LoGra on a layer's factors, and CountSketch of the gradient itself."""
-    n, T, size, D = 128, 32, 1000, 4096
+Factors = tuple[Tensor, Tensor]
+
+
+def linear(rounds: int = 25, seeds: int = 5) -> str:
+    """RMS error of inner products relative to the mean squared norm, and time, of each contender."""
+    n, T, side, D = 128, 32, 1000, 4096
     torch.set_num_threads(2)
-    generator = torch.Generator().manual_seed(0)
-    data = {
-        "iid tokens": torch.randn(2, n, T, size, generator=generator),
-        "massive activation": torch.randn(2, n, T, size, generator=generator),
-        "one token": torch.randn(2, n, 1, size, generator=generator),
+    inputs = {
+        "iid tokens": _factors(n, T, side),
+        "massive activation": _factors(n, T, side, massive=100.0),
+        "single token": _factors(n, 1, side),
     }
-    data["massive activation"][:, :, 0] *= 30
-
-    def made(kind: str, seed: int, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        sketch = make_sketch(kind, size * size, D, seed, columns=size, **options)
-        return sketch.of_factors  # type: ignore[return-value]
-
-    def formed(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-        sketch = make_sketch("countsketch", size * size, D, seed)
-
-        def project(x: Tensor, d: Tensor) -> Tensor:
-            parts = zip(x.split(16), d.split(16), strict=True)
-            return torch.cat([sketch((b.mT @ a).flatten(1)) for a, b in parts])
-
-        return project
-
-    contenders = {
-        "`logra` 64 x 64": lambda seed: made("logra", seed, kept_rows=64),
-        "`logra` 16 x 256": lambda seed: made("logra", seed, kept_rows=16),
-        "`tensorsketch`": lambda seed: made("tensorsketch", seed),
-        "gradient formed, `countsketch`": formed,
+    p = side * side
+    kinds: dict[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]]] = {
+        "`logra`, 64 x 64": lambda s: LoGra(p, D, s, columns=side).of_factors,
+        "`logra`, 16 x 256": lambda s: LoGra(p, D, s, columns=side, kept_rows=16).of_factors,
+        "**`tensorsketch`**": lambda s: TensorSketch(p, D, s, columns=side).of_factors,
+        "formed, then `countsketch`": lambda s: _formed(make_sketch("countsketch", p, D, s)),
     }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    x, d = data["iid tokens"]
-    for _ in range(7):
-        for name, make in contenders.items():
-            project = make(0)
-            times[name].append(seconds(project, x, d))
-    base = np.array(times["`logra` 64 x 64"][1:])
+    contenders = {name: make(0) for name, make in kinds.items()}
+    x, d = inputs["iid tokens"]
+    took: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        for name, sketch in contenders.items():
+            if turn < 3 or not name.startswith("formed"):
+                took[name].append(seconds(sketch, x, d))
+    base = min(took["`logra`, 64 x 64"])
+    exact = {name: _inner_products(*factors) for name, factors in inputs.items()}
     rows = []
-    for name, make in contenders.items():
-        cells = []
-        for x, d in data.values():
-            exact = (x.flatten(0, 1) @ x.flatten(0, 1).T) * (d.flatten(0, 1) @ d.flatten(0, 1).T)
-            exact = exact.reshape(n, x.shape[1], n, x.shape[1]).sum((1, 3))
-            sketched = [make(seed)(x, d) for seed in range(5)]
-            misses = [(Y @ Y.T - exact).square().mean().sqrt() for Y in sketched]
-            cells.append(f"{torch.stack(misses).mean() / exact.diagonal().mean():.4f}")
-        norms = torch.cat([Y.norm(dim=1) / exact.diagonal().sqrt() for Y in sketched])
-        own = np.array(times[name][1:])
-        rows.append(
-            (
-                name,
-                *cells,
-                f"{norms.std():.3f}",
-                f"{np.median(own):.3f}",
-                f"{np.median(own / base):.2f}",
-            )
-        )
+    for name, make in kinds.items():
+        errors: dict[str, list[float]] = {what: [] for what in inputs}
+        deviations: list[float] = []
+        for seed in range(seeds if not name.startswith("formed") else 1):
+            sketch = make(seed)
+            for what, factors in inputs.items():
+                Y = sketch(*factors)
+                truth = exact[what]
+                squares = truth.diagonal()
+                error = ((Y @ Y.T) - truth).square().mean().sqrt() / squares.mean()
+                errors[what].append(float(error))
+                if what == "single token":
+                    deviations.append(
+                        float((Y.square().sum(1) / squares - 1).square().mean().sqrt())
+                    )
+        median = float(np.median(took[name]))
+        row = [name, *(_range(errors[what]) for what in inputs), _range(deviations)]
+        # of |S g| itself: half of that of its square
+        row += [_range([v / 2 for v in deviations]), f"{min(took[name]):.4f}", f"{median:.4f}"]
+        rows.append((*row, f"{min(took[name]) / base:.2f}"))
         print(*rows[-1], flush=True)
-    header = (*data, "one token, sd of the norm", "seconds", "times `logra` 64 x 64")
-    return page.markdown(("", *header), rows)
+    header = ("sketch", *inputs, "sd of |Sg|²/|g|², one token", "of |Sg|/|g|", "s, best")
+    return page.markdown((*header, "s, median", "times `logra`, 64 x 64"), rows)
+
+
+def _factors(n: int, T: int, side: int, massive: float = 1.0) -> Factors:
+    generator = torch.Generator().manual_seed(0)
+    x, d = torch.randn(2, n, T, side, generator=generator)
+    x[..., 7] *= massive
+    return x, d
+
+
+def _inner_products(x: Tensor, d: Tensor) -> Tensor:
+    """<G_a, G_b> of all pairs, without any G."""
+    n, T = x.shape[:2]
+    x, d = x.flatten(0, 1), d.flatten(0, 1)
+    return ((x @ x.T) * (d @ d.T)).view(n, T, n, T).sum((1, 3))
+
+
+def _formed(sketch: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def apply(x: Tensor, d: Tensor) -> Tensor:
+        parts = zip(x.split(16), d.split(16), strict=True)
+        return torch.cat([sketch((right.mT @ left).flatten(1)) for left, right in parts])
+
+    return apply
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f}-{high:.3f}"
 
 
 SECTIONS = {"speed": speed, "fidelity": fidelity, "variance": variance, "linear": linear}

@@ -125,7 +125,18 @@ class SketchSpec(_Spec):
     """The linear operator that every gradient goes through, fixed for the life of the store."""
 
     kind: Literal[
-        "affd", "countsketch", "sjlt", "srht", "gaussian", "rademacher", "fjl", "ffd", "afjl", "qk"
+        "affd",
+        "countsketch",
+        "tensorsketch",
+        "logra",
+        "sjlt",
+        "srht",
+        "fjl",
+        "ffd",
+        "afjl",
+        "qk",
+        "rademacher",
+        "gaussian",
     ] = Field("affd", description="operator; docs/sketching.md says which to take")
     dim: int | Literal["auto"] = Field(
         1024, description="dimension D; auto takes the spectrum's advice once and pins it"

@@ -59,7 +59,7 @@ def gradient_blocks(
             gradients, losses = per_example(trained, inputs[rows], labels[rows])
             squares = [g.flatten(1).double().square().sum(1) for g in gradients.values()]
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or block == 1:
+            if not out_of_memory(error) or block == 1:
                 raise
             block //= 2
             continue
@@ -68,7 +68,8 @@ def gradient_blocks(
         start = rows.stop
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether smaller blocks may help."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "allocate memory" in str(error)  # torch's CPU allocator raises a plain RuntimeError
     )

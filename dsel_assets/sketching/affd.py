@@ -16,18 +16,17 @@ rewritings make it cheap:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsel_assets.sketching.blocks import block_sizes, factors, fold, next_power_of_two
 from dsel_assets.sketching.fast import kernels
 from dsel_assets.sketching.hadamard import hadamard
 from dsel_assets.sketching.operator import Sketch, accumulation_dtype
 from dsel_assets.sketching.philox import Device, normals, permutations, signs
-
-_BLOCK = 2**14
 
 
 class AFFD(Sketch):
@@ -47,12 +46,8 @@ class AFFD(Sketch):
     def __init__(self, in_features: int, out_features: int, seed: int = 0, name: str = "") -> None:
         """See `Sketch`."""
         super().__init__(in_features, out_features, seed, name)
-        self.points = _next_power_of_two(out_features)
-        block = max(_BLOCK, 4 * self.points)
-        blocks, rest = divmod(in_features, block)
-        self.sizes = [block] * blocks
-        if rest:
-            self.sizes.append(max(4 * self.points, _next_power_of_two(rest)))
+        self.points = next_power_of_two(out_features)
+        self.sizes = block_sizes(in_features, 4 * self.points)
 
     def groups(self, coordinates: int) -> Iterator[tuple[int, int, int]]:
         """Blocks of one size together, about so many coordinates: first of them, size, count."""
@@ -72,7 +67,7 @@ class AFFD(Sketch):
         self, first: int, size: int, count: int, device: Device = "cpu"
     ) -> tuple[Tensor, Tensor]:
         """Of the two Kronecker factors of `count` blocks, [count, factor] each."""
-        leading, trailing = _factors(size)
+        leading, trailing = factors(size, 2)
         return (
             permutations(self.key(f"leading/{size}"), first // size, count, leading, device),
             permutations(self.key(f"trailing/{size}"), first // size, count, trailing, device),
@@ -88,9 +83,9 @@ class AFFD(Sketch):
             torch.mul(part, flips[:, None], out=tile[: len(flips)])
             tile = hadamard(tile).mul_(gains[:, None])
             tile = tile.unflatten(0, (len(leading), -1)).index_select(0, leading).flatten(0, 1)
-            tile = _fold(tile, max(self.points, len(trailing)))
+            tile = fold(tile, max(self.points, len(trailing)))
             tile = tile.unflatten(0, (-1, len(trailing))).index_select(1, trailing)
-            total += _fold(tile.flatten(0, 1), self.points)
+            total += fold(tile.flatten(0, 1), self.points)
         return total.T
 
     def _partial_adjoint(self, total: Tensor) -> Tensor:
@@ -122,46 +117,6 @@ class AFFD(Sketch):
             yield start, flips, self.gains(start, size, 1, device), leading[0], trailing[0]
 
 
-def whole_affd(
-    x: Tensor,
-    signs: Tensor,
-    gaussians: Tensor,
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
-    out_features: int,
-) -> Tensor:
-    """AFFD as the paper writes it, on all N coordinates with dense N x N matrices: [N] -> [D].
-
-    The reference that the tests hold `AFFD` against. rows, columns: a permutation for each
-    Kronecker factor of H' and of H''; their lengths multiply to N.
-    """
-    first = torch.ones(1, 1, dtype=x.dtype)
-    second = torch.ones(1, 1, dtype=x.dtype)
-    for row, column in zip(rows, columns, strict=True):
-        factor = hadamard(torch.eye(len(row), dtype=x.dtype)) / len(row) ** 0.5
-        first = torch.kron(first, factor[row])
-        second = torch.kron(second, factor[:, column])
-    y = second @ (gaussians * (first @ (signs * x)))
-    return (len(x) / out_features) ** 0.5 * y[:out_features]
-
-
 def _hadamard_rows(x: Tensor) -> Tensor:
     fast = kernels(x)
     return fast.hadamard(x) if fast and hasattr(fast, "hadamard") else hadamard(x.T).T
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _factors(size: int) -> tuple[int, int]:
-    """A power of two as a product of two, the leading one not the larger."""
-    leading = 1 << (size.bit_length() - 1) // 2
-    return leading, size // leading
-
-
-def _fold(x: Tensor, size: int) -> Tensor:
-    """Add the rows whose indices agree modulo `size`: [n, B] -> [size, B], powers of two."""
-    while len(x) > size:
-        x = x[: len(x) // 2] + x[len(x) // 2 :]
-    return x

@@ -41,9 +41,7 @@ class CountSketch(Sketch):
 
     def _partial_adjoint(self, total: Tensor) -> Tensor:
         if fast := kernels(total):
-            return fast.countsketch_adjoint(
-                total, self.shifts, self.in_features, self.key("signs")
-            )
+            return fast.countsketch_adjoint(total, self.shifts, self.in_features, self.key("signs"))
         x = total.new_empty(len(total), self.in_features)
         for start, shift, flips in self._runs(total.device):
             run = total.roll(-shift, dims=1)[:, : len(flips)]

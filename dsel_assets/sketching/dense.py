@@ -26,12 +26,12 @@ class Dense(Sketch):
     def _partial(self, x: Tensor) -> Tensor:
         total = x.new_zeros(len(x), self.out_features, dtype=accumulation_dtype(x.dtype))
         for start, columns in self._blocks(x.device):
-            total += _combine(x[:, start : start + len(columns)].to(total.dtype), columns)
+            total += combine(x[:, start : start + len(columns)].to(total.dtype), columns)
         return total
 
     def _partial_adjoint(self, total: Tensor) -> Tensor:
         blocks = (columns.T.contiguous() for _, columns in self._blocks(total.device))
-        return torch.cat([_combine(total, block) for block in blocks], dim=1)
+        return torch.cat([combine(total, block) for block in blocks], dim=1)
 
     def _blocks(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Of each block: where it starts, its columns of S as rows [at most _COLUMNS, D]."""
@@ -60,7 +60,7 @@ class Rademacher(Dense):
         return signs(self.key("entries"), start, count, device)
 
 
-def _combine(coefficients: Tensor, rows: Tensor) -> Tensor:
+def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
     """Add up coefficients @ rows, [B, k] x [k, m] -> [B, m], in the order of k.
 
     A matrix product would choose its order of summation, hence its bits, by the batch's shape.

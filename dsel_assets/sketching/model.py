@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from dsel_assets.sketching.kinds import make_sketch
+from dsel_assets.sketching.kinds import KINDS, make_sketch
+from dsel_assets.sketching.matrix import MatrixSketch
 from dsel_assets.sketching.operator import Sketch
+from dsel_assets.sketching.tensorsketch import TensorSketch
 
 
 class ModelSketch(nn.Module):
@@ -25,8 +28,9 @@ class ModelSketch(nn.Module):
         kind: str,
         out_features: int,
         seed: int = 0,
+        **options: Any,
     ) -> None:
-        """shapes: of each tensor by name, in order; kind, out_features, seed as in `make_sketch`.
+        """shapes: of each tensor by name, in order; the rest as in `make_sketch`.
 
         Raises ValueError if there is no tensor, or for what `make_sketch` refuses.
         """
@@ -36,7 +40,7 @@ class ModelSketch(nn.Module):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.out_features = out_features
         self.sketches = nn.ModuleList(
-            make_sketch(kind, math.prod(shape), out_features, seed, name)
+            _of_tensor(kind, shape, out_features, seed, name, options)
             for name, shape in self.shapes.items()
         )
 
@@ -74,6 +78,10 @@ class ModelSketch(nn.Module):
             for sketch in sketches
         }
 
+    def of_matrices(self) -> list[MatrixSketch]:
+        """The tensors' sketches, if they take the factors of a gradient; else none."""
+        return [sketch for sketch in self._sketches() if isinstance(sketch, MatrixSketch)]
+
     def _sketches(self) -> list[Sketch]:
         return list(self.sketches)  # type: ignore[arg-type]
 
@@ -91,3 +99,22 @@ class ModelSketch(nn.Module):
             expected, got = (batch, *shape), tuple(gradients[name].shape)
             if got != expected:
                 raise ValueError(f"gradient of {name!r}: expected shape {expected}, got {got}")
+
+
+def _of_tensor(
+    kind: str,
+    shape: Sequence[int],
+    out_features: int,
+    seed: int,
+    name: str,
+    options: dict[str, Any],
+) -> Sketch:
+    """As `make_sketch`; a matrix sketch takes the first dimension for rows, the rest for columns.
+
+    A vector has rank one, on which LoGra fails: it gets a TensorSketch.
+    """
+    if issubclass(KINDS.get(kind, Sketch), MatrixSketch):
+        options = options | {"columns": max(1, math.prod(shape[1:]))}
+        if len(shape) < 2:
+            kind, options = TensorSketch.kind, {"columns": 1}
+    return make_sketch(kind, math.prod(shape), out_features, seed, name, **options)

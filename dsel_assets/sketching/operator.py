@@ -63,9 +63,9 @@ class Sketch(nn.Module):
     mode of arXiv:2402.03994; `sketch(grad(loss)(theta))`, the explicit one, is faster).
 
     A sketch is `finish` after `partial`. Partial sketches of several tensors add up and `finish` is
-    linear, so that a model's tensors share one `finish` (`ModelSketch`). Subclasses write `_partial`
-    and `_partial_adjoint`, and `_finish` with its adjoint where it is not the identity, on rows.
-    Randomness is drawn from Philox piece by piece: nothing of p entries is kept.
+    linear, so that a model's tensors share one `finish` (`ModelSketch`). Subclasses write
+    `_partial` and `_partial_adjoint`, and `_finish` with its adjoint where it is not the identity,
+    on rows. Randomness is drawn from Philox piece by piece: nothing of p entries is kept.
     """
 
     kind: ClassVar[str]

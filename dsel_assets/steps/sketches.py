@@ -22,7 +22,7 @@ from dsel_assets.data import (
     Examples,
     quarantine_table,
 )
-from dsel_assets.gradients import GradientBlock, gradient_blocks
+from dsel_assets.gradients import GradientBlock, SketchBlock, gradient_blocks, sketch_blocks
 from dsel_assets.resources.rows import RowWriter, read_rows
 from dsel_assets.resources.store import Draft, Entry, write_json
 from dsel_assets.sketching import KINDS, ModelSketch
@@ -94,20 +94,18 @@ def sketch(ws: Workspace, examples: Entry) -> Sketched:
     gradients = store.find(task, "gradients", fields)
     sketches = store.find(task, "sketches", sketch_fields)
     known = load_examples(examples)
-    source = "backward pass"
+    kept_rows, source = None, "backward pass"
     if gradients and RAW in gradients.manifest["files"]:
-        blocks, source = _raw_blocks(ws, gradients), "kept raw rows"
+        kept_rows, source = _raw_blocks(ws, gradients), "kept raw rows"
         kept = pq.read_table(gradients.file("rows.parquet"))["example_id"].to_pylist()
         known = known.take(np.isin(known.ids, np.array(kept, dtype=np.str_)))
-    else:
-        blocks = _pass(ws, known)
     with ExitStack() as stack:
         rows = None if gradients else stack.enter_context(store.write(task, "gradients", fields))
         draft = (
             None if sketches else stack.enter_context(store.write(task, "sketches", sketch_fields))
         )
         made_of = examples.manifest["fields"]
-        _stream(ws, made_of.get("arrival") or made_of["split"], known, blocks, rows, draft)
+        _stream(ws, made_of.get("arrival") or made_of["split"], known, kept_rows, rows, draft)
     made_gradients = gradients or (rows.done if rows else None)
     made_sketches = sketches or (draft.done if draft else None)
     assert made_gradients is not None and made_sketches is not None
@@ -150,7 +148,7 @@ def _stream(
     ws: Workspace,
     source: str,
     known: Examples,
-    blocks: Iterator[GradientBlock],
+    kept_rows: Iterator[GradientBlock] | None,
     rows: Draft | None,
     draft: Draft | None,
 ) -> None:
@@ -159,7 +157,7 @@ def _stream(
     keep = rows is not None and 4 * width * len(known) <= ws.task.gradients.keep_raw_bytes
     losses, norms = np.zeros(len(known), np.float32), np.zeros(len(known), np.float32)
     with ExitStack() as stack:
-        raw = sketches = quality = None
+        raw = sketches = operator = quality = None
         if rows is not None and keep:
             raw = stack.enter_context(RowWriter(rows.path / RAW, width))
         if draft is not None:
@@ -167,17 +165,27 @@ def _stream(
             operator = ModelSketch(shapes, spec.kind, sketch_dimension(ws), spec.seed)
             sketches = stack.enter_context(RowWriter(draft.path / SKETCHES, sketch_dimension(ws)))
         bar = stack.enter_context(tqdm(total=len(known), desc="gradients", unit="ex", leave=False))
+        blocks: Iterator[GradientBlock | SketchBlock]
+        if kept_rows is None and raw is None and operator and operator.of_matrices():
+            blocks = _sketch_pass(ws, known, operator)
+        else:
+            blocks = kept_rows or _pass(ws, known)
         for block in blocks:
+            assert block.norms is not None
             losses[block.rows], norms[block.rows] = block.losses, block.norms
             good = _usable(block.losses, block.norms)
-            chosen = {name: gradient[good] for name, gradient in block.gradients.items()}
-            if raw is not None:
-                raw.append(torch.cat([g.flatten(1) for g in chosen.values()], 1).numpy())
-            if sketches is not None:
-                sketched = operator(chosen)
+            if raw is not None and isinstance(block, GradientBlock):
+                raw.append(
+                    torch.cat([g[good].flatten(1) for g in block.gradients.values()], 1).numpy()
+                )
+            if sketches is not None and operator is not None:
+                whole = (
+                    block.sketches if isinstance(block, SketchBlock) else operator(block.gradients)
+                )
+                sketched = whole[good]
                 sketches.append(sketched.numpy())
                 if quality is None and len(sketched) > 1:
-                    quality = _quality(ws, chosen, sketched)
+                    quality = _quality(ws, _exact(ws, known, block, good), sketched)
             bar.update(len(block.losses))
     usable = _usable(torch.from_numpy(losses), torch.from_numpy(norms)).numpy()
     if draft is not None:
@@ -189,11 +197,21 @@ def _stream(
         rows.summary |= {"parameters": width, "raw_kept": bool(keep)}
 
 
+def _exact(
+    ws: Workspace, known: Examples, block: GradientBlock | SketchBlock, good: Tensor
+) -> dict[str, Tensor]:
+    """The gradients of the block's first good rows, at most PROBE; formed if they were not."""
+    if isinstance(block, GradientBlock):
+        return {name: gradient[good][:PROBE] for name, gradient in block.gradients.items()}
+    rows = np.arange(len(known))[block.rows][good.numpy()][:PROBE]
+    formed = list(_pass(ws, known.take(rows)))
+    return {name: torch.cat([b.gradients[name] for b in formed]) for name in formed[0].gradients}
+
+
 def _quality(ws: Workspace, exact: dict[str, Tensor], sketched: Tensor) -> dict[str, float]:
     """How well the sketches of a few exact gradients keep their inner products (`gram_error`)."""
-    few = {name: gradient[:PROBE] for name, gradient in exact.items()}
     allowed = allowed_variance(ws.task.sketch.kind)
-    return gram_error(gram(few), gram(sketched[:PROBE]), sketched.shape[1], allowed)
+    return gram_error(gram(exact), gram(sketched[:PROBE]), sketched.shape[1], allowed)
 
 
 def _write_rows(
@@ -244,6 +262,24 @@ def _pass(ws: Workspace, known: Examples) -> Iterator[GradientBlock]:
         list(trainable_shapes(ws)),
         block=ws.task.gradients.block,
     )
+
+
+def _sketch_pass(ws: Workspace, known: Examples, operator: ModelSketch) -> Iterator[SketchBlock]:
+    """The same without forming a gradient: from the factors of the linear layers' gradients."""
+    assert known.inputs is not None
+    for block in sketch_blocks(
+        base_builder(ws)(),
+        torch.from_numpy(known.inputs),
+        torch.from_numpy(known.labels),
+        operator.of_matrices(),
+        block=ws.task.gradients.block,
+    ):
+        if block.norms is None:
+            raise ValueError(
+                f"sketch.kind {ws.task.sketch.kind}: a trained tensor is used twice in a forward "
+                "pass, so that gradient norms would have to be formed; take another kind"
+            )
+        yield block
 
 
 def _raw_blocks(ws: Workspace, gradients: Entry) -> Iterator[GradientBlock]:

@@ -223,3 +223,28 @@ def test_the_advised_dimension_is_pinned(lab: Any) -> None:
         register(ws, file)
     assert spectrum(ws).identity == first.identity
     assert sketch_dimension(ws) == max(256, first.summary["advised_dimension"])
+
+
+@pytest.mark.parametrize("kind", ["tensorsketch", "logra"])
+def test_sketches_of_factors_are_those_of_the_gradients_which_are_never_formed(
+    lab: Any, monkeypatch: Any, kind: str
+) -> None:
+    formed = []
+    one_pass = step._pass
+
+    def counted(ws: Any, known: Any) -> Any:
+        formed.append(len(known))
+        return one_pass(ws, known)
+
+    monkeypatch.setattr(step, "_pass", counted)
+    monkeypatch.setattr(step, "PROBE", 8)
+    made = sketched(lab.workspace(sketch={"kind": kind}))
+    assert formed == [8]
+    assert made.sketches.summary["quality"]["within"] > 0.95
+    by_factors = read_rows(made.sketches.file(SKETCHES)).copy()
+    for name in ("sketches", "gradients"):
+        shutil.rmtree(lab.home / "store" / "tiny" / name)
+    raw = sketched(lab.workspace(sketch={"kind": kind}, gradients={"keep_raw_bytes": 10**9}))
+    assert formed == [8, 60]
+    expected = read_rows(raw.sketches.file(SKETCHES))
+    np.testing.assert_allclose(by_factors, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Spectra at the base and along finetuning: same numbers however they are batched or interrupted."""
+"""Spectra at the base and along finetuning, batched, sketched and interrupted."""
 
 from __future__ import annotations
 
