@@ -258,7 +258,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 def linear(rounds: int = 25, seeds: int = 5) -> str:
-    """RMS error of inner products relative to the mean squared norm, and time, of each contender."""
+    """RMS error of inner products relative to the mean squared norm, and time, by contender."""
     n, T, side, D = 128, 32, 1000, 4096
     torch.set_num_threads(2)
     inputs = {

@@ -1,12 +1,13 @@
 """CountSketch and AFFD on the CPU, compiled by numba.
 
-Rows are shared out among torch's threads; what one thread keeps beside the rows' outputs stays in
-its cache. Every row is summed in the same order whatever stands beside it.
+Rows are shared out among torch's threads, and each thread draws the random numbers that it needs
+as it goes: nothing but outputs outlives a block. Every row is summed in the same order whatever
+stands beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsel_assets.sketching.operator import accumulation_dtype
-from dsel_assets.sketching.philox import Key, words
+from dsel_assets.sketching.philox import MULTIPLIERS, WEYL, Key
 
 if TYPE_CHECKING:
     from dsel_assets.sketching.affd import AFFD
 
 Array = NDArray[Any]
+Span = tuple[int, int, int]  # coordinates first .. last-1, in runs or blocks of a size
 
-_SIGNS = 2**20  # coordinates whose signs exist at a time
-_GAINS = 2**19  # the same of Gaussians
+_PIECE = 2**19  # coordinates that are widened or given to a kernel at a time
 _TOGETHER = 16  # rows that share the expanded signs of a run
 _CACHED = 2**11  # points that are transformed while they lie in the first-level cache
 
@@ -33,84 +34,65 @@ _CACHED = 2**11  # points that are transformed while they lie in the first-level
 def countsketch(x: Tensor, shifts: Tensor, out_features: int, key: Key) -> Tensor:
     """See `CountSketch`: [B, p] -> [B, D]. key: of the signs."""
     total = torch.zeros(len(x), out_features, dtype=accumulation_dtype(x.dtype))
-    for first, last, bits in _pieces(x.shape[1], out_features, key):
-        turns = shifts[first // out_features : -(-last // out_features)].numpy()
-        _by_rows(_countsketch, x, first, last, total, bits, turns)
+    _by_rows(_countsketch, x, _runs(x.shape[1], out_features), total, shifts.numpy(), _key(key))
     return total
 
 
 def countsketch_adjoint(total: Tensor, shifts: Tensor, in_features: int, key: Key) -> Tensor:
     """See `CountSketch`: [B, D] -> [B, p]."""
-    D = total.shape[1]
     x = torch.empty(len(total), in_features, dtype=total.dtype)
-    for first, last, bits in _pieces(in_features, D, key):
-        turns = shifts[first // D : -(-last // D)].numpy()
-        _by_rows(_countsketch_adjoint, x, first, last, total, bits, turns)
+    spans = _runs(in_features, total.shape[1])
+    _by_rows(_countsketch_adjoint, x, spans, total, shifts.numpy(), _key(key))
     return x
 
 
 def affd(sketch: AFFD, x: Tensor) -> Tensor:
     """See `AFFD`, all but the last transform: [B, p] -> [B, D']."""
     total = torch.zeros(len(x), sketch.points, dtype=accumulation_dtype(x.dtype))
-    for first, last, *blocks in _blocks(sketch):
-        _by_rows(_affd, x, first, last, total, *blocks)
+    for span, *keys in _blocks(sketch):
+        _by_rows(_affd, x, [span], total, *keys)
     return total
 
 
 def affd_adjoint(sketch: AFFD, total: Tensor) -> Tensor:
     """See `AFFD`: [B, D'] -> [B, p]."""
     x = torch.empty(len(total), sketch.in_features, dtype=total.dtype)
-    for first, last, *blocks in _blocks(sketch):
-        _by_rows(_affd_adjoint, x, first, last, total, *blocks)
+    for span, *keys in _blocks(sketch):
+        _by_rows(_affd_adjoint, x, [span], total, *keys)
     return x
 
 
 def hadamard(rows: Tensor) -> Tensor:
     """The Walsh-Hadamard transform of each row, not normalised: [B, n] -> [B, n]."""
     result = rows.contiguous().clone()
-    _by_rows(_transform, result, 0, result.shape[1], result)
+    _by_rows(_transform, result, [(0, result.shape[1], 1)], result)
     return result
 
 
-def _pieces(size: int, run: int, key: Key) -> Iterator[tuple[int, int, Array]]:
-    """Whole runs at a time, about _SIGNS coordinates: first, last and their packed signs."""
-    step = max(1, _SIGNS // run) * run
-    for first in range(0, size, step):
-        last = min(size, first + step)
-        yield first, last, _packed_signs(key, first, last)
+def _runs(in_features: int, size: int) -> list[Span]:
+    """Whole runs, about _PIECE coordinates at a time."""
+    step = max(1, _PIECE // size) * size
+    return [(first, min(in_features, first + step), size) for first in range(0, in_features, step)]
 
 
-def _blocks(sketch: AFFD) -> Iterator[tuple[int, int, Array, Array, Array, Array]]:
-    """Some blocks at a time, of one size.
-
-    First and last coordinate, packed signs, gains, each line's place and the order within a line.
-    """
-    for first, size, count in sketch.groups(_GAINS):
-        last = min(first + size * count, sketch.in_features)
-        leading, trailing = sketch.permutations(first, size, count)
-        yield (
-            first,
-            last,
-            _packed_signs(sketch.key("signs"), first, last),
-            sketch.gains(first, size, count).numpy().reshape(count, size),
-            leading.argsort(dim=1).numpy(),
-            trailing.int().numpy(),
+def _blocks(sketch: AFFD) -> Sequence[tuple[Any, ...]]:
+    """Blocks of one size, about _PIECE coordinates at a time, with the keys of what they draw."""
+    names = "signs", "gains", "leading/{}", "trailing/{}"
+    return [
+        (
+            (first, min(first + size * count, sketch.in_features), size),
+            *(_key(sketch.key(name.format(size))) for name in names),
         )
+        for first, size, count in sketch.groups(_PIECE)
+    ]
 
 
-def _packed_signs(key: Key, first: int, last: int) -> Array:
-    """The sign bits of the coordinates first .. last-1, the first of them at bit 0."""
-    start = first // 32
-    packed = words(key, start, -(-last // 32) - start).numpy().astype(np.uint32)
-    offset = np.uint32(first % 32)
-    if offset:
-        following = np.append(packed[1:], np.uint32(0))
-        packed = packed >> offset | following << (np.uint32(32) - offset)
-    return packed
+def _key(key: Key) -> Array:
+    return np.array(key, np.uint64)
 
 
 def _by_rows(
-    kernel: Callable[..., None], x: Tensor, first: int, last: int, total: Tensor, *shared: Array
+    kernel: Callable[..., None], x: Tensor, spans: Sequence[Span], total: Tensor, *given: Array
 ) -> None:
     """Run the kernel on as many slices of rows as torch has threads; it releases the GIL.
 
@@ -122,14 +104,15 @@ def _by_rows(
     bounds = [len(x) * i // threads for i in range(threads + 1)]
 
     def run(start: int, stop: int) -> None:
-        if not half:
-            rows, results = x[start:stop].numpy(), total[start:stop].numpy()
-            kernel(rows, first, last, results, *shared)
-            return
-        for top in range(start, stop, _TOGETHER):
-            part = slice(top, min(stop, top + _TOGETHER))
-            rows = x[part, first:last].to(total.dtype).numpy()
-            kernel(rows, 0, last - first, total[part].numpy(), *shared)
+        for first, last, size in spans:
+            if not half:
+                rows, results = x[start:stop].numpy(), total[start:stop].numpy()
+                kernel(rows, first, first, last, size, results, *given)
+                continue
+            for top in range(start, stop, _TOGETHER):
+                part = slice(top, min(stop, top + _TOGETHER))
+                rows = x[part, first:last].to(total.dtype).numpy()
+                kernel(rows, 0, first, last, size, total[part].numpy(), *given)
 
     if threads == 1:
         run(0, len(x))
@@ -139,18 +122,60 @@ def _by_rows(
 
 
 _compile = njit(nogil=True, cache=True, error_model="numpy")
+_LOW, _HALF, _ONE = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(1)
+_FIRST, _SECOND = (np.uint64(m) for m in MULTIPLIERS)
+_WEYL_0, _WEYL_1 = (np.uint64(w) for w in WEYL)
 
 
 @_compile
-def _expand(bits: Array, first: int, flips: Array) -> None:
-    done = 0
-    while done < flips.size:
-        place = first + done
-        word = bits[place >> 5] >> np.uint32(place & 31)
-        part = flips[done : done + min(32 - (place & 31), flips.size - done)]
-        for b in range(part.size):
-            part[b] = 1.0 - 2.0 * (word >> np.uint32(b) & np.uint32(1))
-        done += part.size
+def _philox(block: int, key: Array) -> tuple[int, int, int, int]:
+    """The four words of one counter: see `philox`."""
+    k0, k1 = key
+    c0, c1 = np.uint64(block) & _LOW, np.uint64(block) >> _HALF
+    c2 = c3 = np.uint64(0)
+    for _ in range(10):
+        first, second = c0 * _FIRST, c2 * _SECOND
+        c0, c2 = (second >> _HALF) ^ c1 ^ k0, (first >> _HALF) ^ c3 ^ k1
+        c1, c3 = second & _LOW, first & _LOW
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    return c0, c1, c2, c3
+
+
+@_compile
+def _signs(key: Array, first: int, flips: Array) -> None:
+    last = first + flips.size
+    for block in range(first // 128, (last + 127) // 128):
+        four = _philox(block, key)
+        for lane in range(4):
+            base = 128 * block + 32 * lane
+            start, stop = max(first, base), min(last, base + 32)
+            if start < stop:
+                word = np.uint32(four[lane]) >> np.uint32(start - base)
+                part = flips[start - first : stop - first]
+                for b in range(part.size):
+                    part[b] = 1.0 - 2.0 * (word >> np.uint32(b) & np.uint32(1))
+
+
+@_compile
+def _gains(key: Array, first: int, gains: Array) -> None:
+    """Gaussians over the root of their number, a multiple of 4 as `first` is."""
+    scale = gains.size**-0.5
+    for i in range(0, gains.size, 4):
+        four = _philox((first + i) // 4, key)
+        for j in (0, 2):
+            radius = scale * np.sqrt(-2.0 * np.log((four[j] + 0.5) * 2.0**-32))
+            angle = 2.0 * np.pi * ((four[j + 1] + 0.5) * 2.0**-32)
+            gains[i + j], gains[i + j + 1] = radius * np.cos(angle), radius * np.sin(angle)
+
+
+@_compile
+def _permutation(key: Array, index: int, size: int) -> Array:
+    """The permutation of that index of a stream: see `permutations`."""
+    drawn = np.empty(size, np.uint32)
+    for i in range(size):
+        place = index * size + i
+        drawn[i] = _philox(place // 4, key)[place % 4]
+    return np.argsort(drawn, kind="mergesort")
 
 
 @_compile
@@ -172,35 +197,51 @@ def _put_flipped(target: Array, source: Array, flips: Array) -> None:
 
 
 @_compile
-def _countsketch(x: Array, first: int, last: int, total: Array, bits: Array, shifts: Array) -> None:
-    D = total.shape[1]
-    flips = np.empty(D, total.dtype)
+def _countsketch(
+    x: Array,
+    column: int,
+    first: int,
+    last: int,
+    run: int,
+    total: Array,
+    shifts: Array,
+    key: Array,
+) -> None:
+    """Coordinates first .. last-1, in the columns of x from `column` on."""
+    flips = np.empty(run, total.dtype)
     for top in range(0, x.shape[0], _TOGETHER):
-        for run in range(shifts.size):
-            start, shift = first + run * D, shifts[run]
-            size = min(D, last - start)
-            _expand(bits, run * D, flips[:size])
-            cut = min(size, D - shift)
+        for start in range(first, last, run):
+            shift, size = shifts[start // run], min(run, last - start)
+            _signs(key, start, flips[:size])
+            cut = min(size, run - shift)
+            place = column + start - first
             for r in range(top, min(x.shape[0], top + _TOGETHER)):
-                source = x[r, start : start + size]
+                source = x[r, place : place + size]
                 _add_flipped(total[r, shift : shift + cut], source[:cut], flips[:cut])
                 _add_flipped(total[r, : size - cut], source[cut:], flips[cut:size])
 
 
 @_compile
 def _countsketch_adjoint(
-    x: Array, first: int, last: int, total: Array, bits: Array, shifts: Array
+    x: Array,
+    column: int,
+    first: int,
+    last: int,
+    run: int,
+    total: Array,
+    shifts: Array,
+    key: Array,
 ) -> None:
-    D = total.shape[1]
-    flips = np.empty(D, total.dtype)
+    """Coordinates first .. last-1, in the columns of x from `column` on."""
+    flips = np.empty(run, total.dtype)
     for top in range(0, x.shape[0], _TOGETHER):
-        for run in range(shifts.size):
-            start, shift = first + run * D, shifts[run]
-            size = min(D, last - start)
-            _expand(bits, run * D, flips[:size])
-            cut = min(size, D - shift)
+        for start in range(first, last, run):
+            shift, size = shifts[start // run], min(run, last - start)
+            _signs(key, start, flips[:size])
+            cut = min(size, run - shift)
+            place = column + start - first
             for r in range(top, min(x.shape[0], top + _TOGETHER)):
-                target = x[r, start : start + size]
+                target = x[r, place : place + size]
                 _put_flipped(target[:cut], total[r, shift : shift + cut], flips[:cut])
                 _put_flipped(target[cut:], total[r, : size - cut], flips[cut:size])
 
@@ -266,77 +307,98 @@ def _hadamard(t: Array) -> None:
 
 
 @_compile
-def _transform(x: Array, first: int, last: int, total: Array) -> None:
+def _transform(x: Array, column: int, first: int, last: int, size: int, total: Array) -> None:
     for r in range(x.shape[0]):
         _hadamard(total[r])
 
 
 @_compile
+def _leading(size: int) -> int:
+    """The first of a power of two's two factors."""
+    down = 1
+    while 4 * down * down <= size:
+        down *= 2
+    return down
+
+
+@_compile
 def _affd(
     x: Array,
+    column: int,
     first: int,
     last: int,
+    size: int,
     total: Array,
-    bits: Array,
-    gains: Array,
-    leading: Array,
-    trailing: Array,
+    sign_key: Array,
+    gain_key: Array,
+    leading_key: Array,
+    trailing_key: Array,
 ) -> None:
-    size, across, points = gains.shape[1], trailing.shape[1], total.shape[1]
+    """Blocks of `size` coordinates from `first` on, in the columns of x from `column` on."""
+    down = _leading(size)
+    across, points = size // down, total.shape[1]
     tile, flips = np.empty(size, total.dtype), np.empty(size, total.dtype)
+    gains = np.empty(size, np.float32)
     folded = np.empty(max(points, across), total.dtype)
-    down, width = folded.size // across, min(points, across)
-    for block in range(gains.shape[0]):
-        start = first + block * size
-        filled = min(size, last - start)
-        _expand(bits, block * size, flips[:filled])
-        gain, row_of, order = gains[block], leading[block], trailing[block]
+    width, lines = min(points, across), folded.size // across
+    for start in range(first, last, size):
+        filled, place = min(size, last - start), column + start - first
+        _signs(sign_key, start, flips[:filled])
+        _gains(gain_key, start, gains)
+        row_of = np.argsort(_permutation(leading_key, start // size, down))
+        order = _permutation(trailing_key, start // size, across)
         for r in range(x.shape[0]):
-            _put_flipped(tile[:filled], x[r, start : start + filled], flips[:filled])
+            _put_flipped(tile[:filled], x[r, place : place + filled], flips[:filled])
             tile[filled:] = 0
             _hadamard(tile)
             folded[:] = 0
-            for i in range(leading.shape[1]):
+            for i in range(down):
                 line = slice(i * across, (i + 1) * across)
-                to = (row_of[i] & (down - 1)) * across
-                _add_flipped(folded[to : to + across], tile[line], gain[line])
-            for place in range(0, folded.size, width):
-                line = place // across * across
-                to = place & (points - 1)
+                to = (row_of[i] & (lines - 1)) * across
+                _add_flipped(folded[to : to + across], tile[line], gains[line])
+            for i in range(0, folded.size, width):
+                line_of = i // across * across
+                to = i & (points - 1)
                 _add_taken(
                     total[r, to : to + width],
-                    folded[line : line + across],
-                    order[place - line : place - line + width],
+                    folded[line_of : line_of + across],
+                    order[i - line_of : i - line_of + width],
                 )
 
 
 @_compile
 def _affd_adjoint(
     x: Array,
+    column: int,
     first: int,
     last: int,
+    size: int,
     total: Array,
-    bits: Array,
-    gains: Array,
-    leading: Array,
-    trailing: Array,
+    sign_key: Array,
+    gain_key: Array,
+    leading_key: Array,
+    trailing_key: Array,
 ) -> None:
-    size, across, points = gains.shape[1], trailing.shape[1], total.shape[1]
+    """The adjoint of `_affd`: fills the columns of x."""
+    down = _leading(size)
+    across, points = size // down, total.shape[1]
     tile, flips = np.empty(size, total.dtype), np.empty(size, total.dtype)
+    gains = np.empty(size, np.float32)
     folded = np.empty(max(points, across), total.dtype)
-    down = folded.size // across
-    for block in range(gains.shape[0]):
-        start = first + block * size
-        filled = min(size, last - start)
-        _expand(bits, block * size, flips[:filled])
-        gain, row_of, order = gains[block], leading[block], trailing[block]
+    lines = folded.size // across
+    for start in range(first, last, size):
+        filled, place = min(size, last - start), column + start - first
+        _signs(sign_key, start, flips[:filled])
+        _gains(gain_key, start, gains)
+        row_of = np.argsort(_permutation(leading_key, start // size, down))
+        order = _permutation(trailing_key, start // size, across)
         for r in range(x.shape[0]):
-            for i in range(down):
+            for i in range(lines):
                 for j in range(across):
                     folded[i * across + order[j]] = total[r, (i * across + j) & (points - 1)]
-            for i in range(leading.shape[1]):
+            for i in range(down):
                 line = slice(i * across, (i + 1) * across)
-                to = (row_of[i] & (down - 1)) * across
-                _put_flipped(tile[line], folded[to : to + across], gain[line])
+                to = (row_of[i] & (lines - 1)) * across
+                _put_flipped(tile[line], folded[to : to + across], gains[line])
             _hadamard(tile)
-            _put_flipped(x[r, start : start + filled], tile[:filled], flips[:filled])
+            _put_flipped(x[r, place : place + filled], tile[:filled], flips[:filled])

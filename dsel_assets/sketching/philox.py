@@ -17,8 +17,8 @@ Key = tuple[int, int]
 Device = torch.device | str
 
 _LOW = 0xFFFFFFFF
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_WEYL = 0x9E3779B9, 0xBB67AE85
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
 
@@ -30,11 +30,11 @@ def philox(counter: Tensor, key: Key) -> Tensor:
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap around as they should
+        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wrap around as they should
         c0 = (second >> 32 & _LOW) ^ c1 ^ k0
         c2 = (first >> 32 & _LOW) ^ c3 ^ k1
         c1, c3 = second & _LOW, first & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        k0, k1 = (k0 + WEYL[0]) & _LOW, (k1 + WEYL[1]) & _LOW
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
