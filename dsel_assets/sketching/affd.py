@@ -119,4 +119,4 @@ class AFFD(Sketch):
 
 def _hadamard_rows(x: Tensor) -> Tensor:
     fast = kernels(x)
-    return fast.hadamard(x) if fast and hasattr(fast, "hadamard") else hadamard(x.T).T
+    return fast.hadamard(x) if fast else hadamard(x.T).T

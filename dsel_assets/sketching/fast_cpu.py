@@ -128,7 +128,7 @@ _WEYL_0, _WEYL_1 = (np.uint64(w) for w in WEYL)
 
 
 @_compile
-def _philox(block: int, key: Array) -> tuple[int, int, int, int]:
+def _philox(block: int, key: Array) -> tuple[Any, Any, Any, Any]:
     """The four words of one counter: see `philox`."""
     k0, k1 = key
     c0, c1 = np.uint64(block) & _LOW, np.uint64(block) >> _HALF
