@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -84,3 +85,17 @@ def test_memory_is_the_output_and_little_more(kind):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     ).stdout
     assert float(output) <= 64 + 200 * 1024 * 4 / 2**20
+
+
+@pytest.mark.parametrize(("kind", "most"), [("countsketch", 15), ("affd", 80)])
+def test_time_is_a_small_multiple_of_reading_the_input(kind, most):
+    """Loose, for a busy machine; benchmarks/sketching.py measures. Plain torch takes hundreds."""
+    x, sketch = torch.ones(64, 10**6), make_sketch(kind, 10**6, 4096)
+    sketch(x[:2])  # compiled or loaded
+
+    def seconds(work):
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    assert min(seconds(lambda: sketch(x)) / seconds(x.sum) for _ in range(5)) < most
