@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_plain = False
+_plain = ContextVar("plain", default=False)
 
 
 def kernels(x: Tensor) -> ModuleType | None:
@@ -20,7 +21,7 @@ def kernels(x: Tensor) -> ModuleType | None:
 
     Triton's take all but double precision; it comes with torch where there is CUDA.
     """
-    if _plain:
+    if _plain.get():
         return None
     if x.device.type == "cpu":
         return _load("fast_cpu")
@@ -32,12 +33,11 @@ def kernels(x: Tensor) -> ModuleType | None:
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Compute by plain torch alone: the reference that the kernels are tested against."""
-    global _plain
-    before, _plain = _plain, True
+    token = _plain.set(True)
     try:
         yield
     finally:
-        _plain = before
+        _plain.reset(token)
 
 
 @cache
