@@ -251,7 +251,15 @@ def variance(seeds: int = 400) -> str:
         )
         mean, spread = squares.mean(0), D * squares.var(0)
         name = " ".join([kind, *map(str, options.values())])
-        rows.append((name, *(f"{m:.2f} / {v:.2g}" for m, v in zip(mean, spread, strict=True))))
+        rows.append(
+            (
+                name,
+                *(
+                    f"{m:.2f} / {v:.0f}" if v > 20 else f"{m:.2f} / {v:.1f}"
+                    for m, v in zip(mean, spread, strict=True)
+                ),
+            )
+        )
         print(*rows[-1], flush=True)
     return page.markdown(("mean / V", *inputs), rows)
 
