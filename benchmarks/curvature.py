@@ -35,7 +35,7 @@ from dsel_assets.sketching.hadamard import hadamard
 from dsel_assets.steps.arrivals import landed, register
 from dsel_assets.steps.intrinsic import HISTORY, intrinsic_dimension
 from dsel_assets.steps.path import spectrum_steps
-from dsel_assets.steps.spectrum import SPECTRUM, spectra_so_far, spectrum_on_the_way
+from dsel_assets.steps.spectrum import spectra_so_far, spectrum_on_the_way
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import load_task
 
@@ -231,13 +231,8 @@ def intrinsic() -> str:
         register(ws, file)
     for step in spectrum_steps(ws):
         spectrum_on_the_way(ws, step)
-    records = [
-        {"eigenvalues": json.loads(entry.file(SPECTRUM).read_text())["eigenvalues"]}
-        | dict(entry.summary)
-        for entry in spectra_so_far(ws)
-    ]
     pictures = ROOT / "docs/pictures"
-    (pictures / "spectra.png").write_bytes(plots.spectra(records))
+    (pictures / "spectra.png").write_bytes(plots.spectra(spectra_so_far(ws)))
     entry = intrinsic_dimension(ws)
     found = json.loads(entry.file(HISTORY).read_text())
     summary = entry.summary

@@ -58,16 +58,11 @@ def finetuning_spectra(task: Task) -> dg.AssetsDefinition:
     )
     def finetuning_spectra(context: dg.AssetExecutionContext, home: Home) -> dg.MaterializeResult:
         from dsel_assets.evaluation.plots import spectra
-        from dsel_assets.steps.spectrum import SPECTRUM, spectra_so_far, spectrum_on_the_way
+        from dsel_assets.steps.spectrum import spectra_so_far, spectrum_on_the_way
 
         ws = Workspace(task, home)
         entry = spectrum_on_the_way(ws, int(context.partition_key))
-        every = [
-            {"eigenvalues": json.loads(one.file(SPECTRUM).read_text())["eigenvalues"]}
-            | dict(one.summary)
-            for one in spectra_so_far(ws)
-        ]
-        metadata = {"spectra": picture(spectra(every)), **entry.summary}
+        metadata = {"spectra": picture(spectra(spectra_so_far(ws))), **entry.summary}
         return result(task, "finetuning_spectra", entry, metadata)
 
     return finetuning_spectra

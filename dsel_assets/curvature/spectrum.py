@@ -81,8 +81,8 @@ def spectrum(
     sketch: look at S H S' on R^D instead (arXiv:2402.03994). With p = dim its eigenvalues are those
     of H plus tr(the rest of H) / D, give or take |H|_F / sqrt(D), which smaller eigenvalues do not
     stand out from. As tr(S H S') ~ tr H and k eigenvalues are too large by b each, the bias is
-    b = (trace - sum of raw) / (D - k), and raw - b is reported; the k are those farthest from b.
-    The squared Frobenius norm is freed of its bias in the same way:
+    b = (trace - sum of raw) / (D - k), and raw - b is reported; the k are those farthest from b,
+    at most D/2, since the rest tells b. The squared Frobenius norm is freed of its bias likewise:
     E|S H S'|^2 = |H|^2 (1 + 1/D) + tr(H)^2 / D. One number corrects all eigenvalues only if S
     treats all directions alike, which `afjl` does not.
 
@@ -109,6 +109,8 @@ def spectrum(
             f"need 1 <= k <= iterations <= {size}, probes >= 1 and every >= 1, "
             f"got k={k}, iterations={steps}, probes={probes}, every={every}"
         )
+    if sketch is not None and 2 * k > size:
+        raise ValueError(f"through a sketch of {size} dimensions, k must be at most half, got {k}")
 
     def product(v: Tensor) -> Tensor:
         result = seen(v).to(v)
@@ -144,7 +146,7 @@ def spectrum(
     raw = nodes[kept]
     bias = 0.0
     if sketch is not None:
-        bias = (trace - raw.sum()) / max(size - k, 1)
+        bias = (trace - raw.sum()) / (size - k)
         squares = max(0.0, squares - trace**2 / size) / (1 + 1 / size)
     return Spectrum(
         eigenvalues=raw - bias,

@@ -153,9 +153,9 @@ def spectra(records: Sequence[Mapping[str, Any]]) -> bytes:
     """Spectra along a finetuning run.
 
     records: one a step, ascending, with the keys `step`, `eigenvalues` (descending), `outliers`,
-    `negative_ratio` and `gradient_in_outliers`. Left: the eigenvalues, outliers above 20 % of the
-    top one filled. Right: the share of the gradient in the outliers' space, and RNEG. ValueError
-    without records.
+    `all_outliers_seen`, `negative_ratio` and `gradient_in_outliers`. Left: the eigenvalues, filled
+    if above 20 % of the top one; a + says that more may be among those that were not asked for.
+    Right: the share of the gradient in the outliers' space, and RNEG. ValueError without records.
     """
     if not records:
         raise ValueError("no spectra to draw")
@@ -169,7 +169,7 @@ def spectra(records: Sequence[Mapping[str, Any]]) -> bytes:
         left.plot(np.full(len(values), place), values, "o", ms=4, mfc="white", color=GREY)
         left.plot(np.full(count, place), values[:count], "o", ms=5, color="#D55E00")
         left.annotate(
-            str(count),
+            f"{count}" if record["all_outliers_seen"] else f"{count}+",
             (place, values[0]),
             (0, 6),
             textcoords="offset points",

@@ -6,12 +6,13 @@ gradient descent on one example takes off the loss of another.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import LinAlgError, solve
+from scipy.linalg import LinAlgError, LinAlgWarning, solve
 
 Array = NDArray[Any]
 
@@ -110,8 +111,10 @@ def _solve(F: Array, directions: Array, damping: float) -> Array:
     # a pool of zeros has no scale, and whatever is added scores 0
     F.flat[:: len(F) + 1] += damping * F.trace() / len(F) or 1.0
     try:
-        solved: Array = solve(F, directions.T, assume_a="pos", overwrite_a=True)
-    except LinAlgError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", LinAlgWarning)
+            solved: Array = solve(F, directions.T, assume_a="pos", overwrite_a=True)
+    except (LinAlgError, LinAlgWarning) as error:
         raise ValueError(f"damping = {damping} is too small for double precision") from error
     return solved.T
 

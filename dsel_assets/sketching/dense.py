@@ -38,7 +38,7 @@ class Dense(Sketch):
         D = self.out_features
         for start in range(0, self.in_features, _COLUMNS):
             size = min(_COLUMNS, self.in_features - start)
-            entries = self._entries(start * D, size * D, device) / D**0.5
+            entries = self._entries(start * D, size * D, device).double() / D**0.5
             yield start, entries.float().reshape(size, D)
 
 

@@ -7,8 +7,10 @@ stands beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,21 +28,21 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Span = tuple[int, int, int]  # coordinates first .. last-1, in runs or blocks of a size
 
-_PIECE = 2**19  # coordinates that are widened or given to a kernel at a time
+_PIECE = 2**17  # coordinates that are copied, or given to a kernel, at a time
 _TOGETHER = 16  # rows that share the expanded signs of a run
 _CACHED = 2**11  # points that are transformed while they lie in the first-level cache
 
 
 def countsketch(x: Tensor, shifts: Tensor, out_features: int, key: Key) -> Tensor:
     """See `CountSketch`: [B, p] -> [B, D]. key: of the signs."""
-    total = torch.zeros(len(x), out_features, dtype=accumulation_dtype(x.dtype))
+    total = x.new_zeros(len(x), out_features, dtype=accumulation_dtype(x.dtype))
     _by_rows(_countsketch, x, _runs(x.shape[1], out_features), total, shifts.numpy(), _key(key))
     return total
 
 
 def countsketch_adjoint(total: Tensor, shifts: Tensor, in_features: int, key: Key) -> Tensor:
     """See `CountSketch`: [B, D] -> [B, p]."""
-    x = torch.empty(len(total), in_features, dtype=total.dtype)
+    x = total.new_empty(len(total), in_features)
     spans = _runs(in_features, total.shape[1])
     _by_rows(_countsketch_adjoint, x, spans, total, shifts.numpy(), _key(key))
     return x
@@ -48,24 +50,24 @@ def countsketch_adjoint(total: Tensor, shifts: Tensor, in_features: int, key: Ke
 
 def affd(sketch: AFFD, x: Tensor) -> Tensor:
     """See `AFFD`, all but the last transform: [B, p] -> [B, D']."""
-    total = torch.zeros(len(x), sketch.points, dtype=accumulation_dtype(x.dtype))
-    for span, *keys in _blocks(sketch):
-        _by_rows(_affd, x, [span], total, *keys)
+    total = x.new_zeros(len(x), sketch.points, dtype=accumulation_dtype(x.dtype))
+    for spans, keys in _blocks(sketch):
+        _by_rows(_affd, x, spans, total, *keys)
     return total
 
 
 def affd_adjoint(sketch: AFFD, total: Tensor) -> Tensor:
     """See `AFFD`: [B, D'] -> [B, p]."""
-    x = torch.empty(len(total), sketch.in_features, dtype=total.dtype)
-    for span, *keys in _blocks(sketch):
-        _by_rows(_affd_adjoint, x, [span], total, *keys)
+    x = total.new_empty(len(total), sketch.in_features)
+    for spans, keys in _blocks(sketch):
+        _by_rows(_affd_adjoint, x, spans, total, *keys)
     return x
 
 
 def hadamard(rows: Tensor) -> Tensor:
     """The Walsh-Hadamard transform of each row, not normalised: [B, n] -> [B, n]."""
-    result = rows.contiguous().clone()
-    _by_rows(_transform, result, [(0, result.shape[1], 1)], result)
+    result = rows.detach().contiguous().clone()
+    _share_out(len(result), lambda start, stop: _transform(result[start:stop].numpy()))
     return result
 
 
@@ -75,16 +77,15 @@ def _runs(in_features: int, size: int) -> list[Span]:
     return [(first, min(in_features, first + step), size) for first in range(0, in_features, step)]
 
 
-def _blocks(sketch: AFFD) -> Sequence[tuple[Any, ...]]:
-    """Blocks of one size, about _PIECE coordinates at a time, with the keys of what they draw."""
+def _blocks(sketch: AFFD) -> Iterator[tuple[list[Span], list[Array]]]:
+    """Of the blocks of one size: about _PIECE coordinates at a time, the keys of what they draw."""
     names = "signs", "gains", "leading/{}", "trailing/{}"
-    return [
-        (
-            (first, min(first + size * count, sketch.in_features), size),
-            *(_key(sketch.key(name.format(size))) for name in names),
-        )
-        for first, size, count in sketch.groups(_PIECE)
-    ]
+    for size, group in groupby(sketch.groups(_PIECE), itemgetter(1)):
+        spans = [
+            (first, min(first + size * count, sketch.in_features), size)
+            for first, _, count in group
+        ]
+        yield spans, [_key(sketch.key(name.format(size))) for name in names]
 
 
 def _key(key: Key) -> Array:
@@ -94,35 +95,47 @@ def _key(key: Key) -> Array:
 def _by_rows(
     kernel: Callable[..., None], x: Tensor, spans: Sequence[Span], total: Tensor, *given: Array
 ) -> None:
-    """Run the kernel on as many slices of rows as torch has threads; it releases the GIL.
+    """Run the kernel on slices of rows.
 
-    Half precision is widened a few rows at a time.
+    Half precision, and rows that do not lie in one piece, are copied a few at a time.
     """
-    half, total = x.dtype != total.dtype, total.contiguous()
-    x = x if half else x.contiguous()
-    threads = max(1, min(torch.get_num_threads(), len(x)))
-    bounds = [len(x) * i // threads for i in range(threads + 1)]
+    x, total = x.detach(), total.detach().contiguous()  # no_grad does not hold in other threads
+    as_it_is = x.dtype == total.dtype and x.is_contiguous()
 
     def run(start: int, stop: int) -> None:
         for first, last, size in spans:
-            if not half:
+            if as_it_is:
                 rows, results = x[start:stop].numpy(), total[start:stop].numpy()
                 kernel(rows, first, first, last, size, results, *given)
                 continue
             for top in range(start, stop, _TOGETHER):
                 part = slice(top, min(stop, top + _TOGETHER))
-                rows = x[part, first:last].to(total.dtype).numpy()
+                rows = x[part, first:last].to(total.dtype).contiguous().numpy()
                 kernel(rows, 0, first, last, size, total[part].numpy(), *given)
 
+    _share_out(len(x), run)
+
+
+def _share_out(rows: int, run: Callable[[int, int], None]) -> None:
+    """Call run(start, stop) on slices of the rows, in as many threads as torch has."""
+    threads = max(1, min(torch.get_num_threads(), rows))
+    bounds = [rows * i // threads for i in range(threads + 1)]
     if threads == 1:
-        run(0, len(x))
+        run(0, rows)
         return
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, bounds, bounds[1:]))
 
 
-_compile = njit(nogil=True, cache=True, error_model="numpy")
-_LOW, _HALF, _ONE = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(1)
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Machine code that releases the GIL; kept on disk where there is a place for it."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _FIRST, _SECOND = (np.uint64(m) for m in MULTIPLIERS)
 _WEYL_0, _WEYL_1 = (np.uint64(w) for w in WEYL)
 
@@ -307,9 +320,9 @@ def _hadamard(t: Array) -> None:
 
 
 @_compile
-def _transform(x: Array, column: int, first: int, last: int, size: int, total: Array) -> None:
-    for r in range(x.shape[0]):
-        _hadamard(total[r])
+def _transform(rows: Array) -> None:
+    for r in range(rows.shape[0]):
+        _hadamard(rows[r])
 
 
 @_compile

@@ -89,4 +89,6 @@ class LoGra(MatrixSketch):
 
     def _projection(self, stream: str, kept: int, size: int) -> Tensor:
         """A factor, transposed: [size, kept]."""
-        return signs(self.key(stream), 0, size * kept).view(size, kept) * kept**-0.5
+        return (
+            (signs(self.key(stream), 0, size * kept).double() * kept**-0.5).float().view(size, kept)
+        )

@@ -59,7 +59,8 @@ class MatrixSketch(Sketch):
         self._check_tokens(inputs, output_gradients)
         if not len(inputs) or not inputs.shape[1]:
             return inputs.new_zeros(len(inputs), self.out_features, dtype=dtype)
-        return self._of_factors(inputs, output_gradients, dtype)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self._of_factors(inputs, output_gradients, dtype)
 
     @torch.no_grad()
     def of_lookups(self, indices: Tensor, output_gradients: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ class MatrixSketch(Sketch):
                 f"{self.kind} sketch {self.name!r}: indices must be 0 to {self.rows - 1}, "
                 f"got {least} to {most}"
             )
-        return self._of_lookups(indices, output_gradients, dtype)
+        with torch.autocast(indices.device.type, enabled=False):
+            return self._of_lookups(indices, output_gradients, dtype)
 
     def _of_factors(self, inputs: Tensor, output_gradients: Tensor, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError

@@ -99,6 +99,8 @@ class ModelSketch(nn.Module):
             expected, got = (batch, *shape), tuple(gradients[name].shape)
             if got != expected:
                 raise ValueError(f"gradient of {name!r}: expected shape {expected}, got {got}")
+            if not gradients[name].is_floating_point():
+                raise TypeError(f"gradient of {name!r}: {gradients[name].dtype} is not floating")
 
 
 def _of_tensor(

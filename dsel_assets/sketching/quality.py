@@ -24,7 +24,8 @@ def gram_error(
     exact, sketched: [n, n] (`gram`); out_features: D; variance: V, the promise of the sketch's kind
     (`Sketch.variance`). Over the pairs i < j:
 
-    rms          root mean square of (<Sx, Sy> - <x, y>) / (|x| |y|); about sqrt(V / (2 D)) or less
+    rms          root mean square of (<Sx, Sy> - <x, y>) / (|x| |y|)
+    dense        what rms is expected of a dense Gaussian S, sqrt of the mean of (1 + cos^2) / D
     correlation  Pearson's r of sketched and exact inner products, the fidelity of arXiv:2402.03994;
                  NaN if either do not vary
     within       share of pairs with |<Sx, Sy> - <x, y>| at most three standard deviations,
@@ -52,8 +53,10 @@ def gram_error(
     relative = torch.where(error == 0, error, error / norms.sqrt())
     bound = 3 * (variance / (2 * out_features) * (norms + truth**2)).sqrt()
     a, b = truth - truth.mean(), found - found.mean()
+    cosine = torch.where(norms > 0, truth**2 / norms, 0)
     return {
         "rms": relative.square().mean().sqrt().item(),
+        "dense": ((1 + cosine.mean()) / out_features).sqrt().item(),
         "correlation": ((a @ b) / (a.norm() * b.norm())).item(),
         "within": ((error.abs() <= bound) | (error == 0)).double().mean().item(),
     }

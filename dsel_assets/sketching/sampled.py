@@ -72,7 +72,7 @@ class Sampled(Sketch):
             spread = make(size, outputs, self.key(f"haar/{block}"), device)
             count = min(size, self.in_features - start)
             flips = spread.signs(self.key("signs"), start, count, device)
-            gains = self._multipliers(block, device) * (size / self.out_features) ** 0.5
+            gains = self._multipliers(block, device).double() * (size / self.out_features) ** 0.5
             yield start, flips, spread, self._sample(block, outputs, device), gains.float()
             start += size
 

@@ -67,7 +67,7 @@ class TensorSketch(MatrixSketch):
         D, short, long = out_features, *sorted((self.rows, columns))
         self.circle = min(n for n in range(1, D + 1) if D % n == 0 and n >= min(short, D))
         shifts = integers(self.key("shifts"), 0, -(-short // D), D) * (short > D)
-        steps = torch.arange(short) + shifts.repeat_interleave(D)[:short]
+        steps = torch.arange(short, device="cpu") + shifts.repeat_interleave(D)[:short]
         runs = [permutation(self.key(f"places/{run}"), D) for run in range(-(-long // D))]
         self.short = Side(steps % self.circle, signs(self.key("short"), 0, short).float())
         self.long = Side(torch.cat(runs)[:long], signs(self.key("long"), 0, long).float())

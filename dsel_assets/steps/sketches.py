@@ -25,16 +25,22 @@ from dsel_assets.data import (
 from dsel_assets.gradients import GradientBlock, SketchBlock, gradient_blocks, sketch_blocks
 from dsel_assets.resources.rows import RowWriter, read_rows
 from dsel_assets.resources.store import Draft, Entry, write_json
-from dsel_assets.sketching import KINDS, ModelSketch
+from dsel_assets.sketching import ModelSketch
 from dsel_assets.sketching.quality import gram, gram_error
 from dsel_assets.steps.model import base_builder, gradient_space, trainable_shapes
 from dsel_assets.steps.pool import load_examples, with_constants
-from dsel_assets.steps.spectrum import PROBE, allowed_variance, hessian_spectrum
+from dsel_assets.steps.spectrum import (
+    PROBE,
+    allowed_variance,
+    hessian_spectrum,
+    operator_fields,
+)
 from dsel_assets.steps.workspace import Workspace
 
 RAW = "raw.safetensors"
 SKETCHES = "sketches.safetensors"
 KEPT = 0.95  # share of pairs that must lie within three standard deviations of the promise
+ALLOWED = 2.0  # times a dense Gaussian's error: what affd promises at worst
 
 
 class Sketched(NamedTuple):
@@ -58,26 +64,27 @@ def sketch_dimension(ws: Workspace) -> int:
 
 def sketch_space(ws: Workspace) -> dict[str, Any]:
     """The gradient space and its operator: sketches may be compared only if this is equal."""
-    spec = ws.task.sketch
-    operator = {
-        "kind": spec.kind,
-        "dim": sketch_dimension(ws),
-        "seed": spec.seed,
-        "version": KINDS[spec.kind].version,
-    }
+    operator = operator_fields(ws, ws.task.sketch.kind) | {"dim": sketch_dimension(ws)}
     return gradient_space(ws) | {"sketch": operator, "dtype": "float32"}
 
 
 def broken_promise(ws: Workspace, sketched: Entry) -> str | None:
     """Why these sketches are not to be relied on, or None; measured on a few exact gradients."""
-    quality = sketched.summary["quality"]
-    if quality is None or quality["within"] >= KEPT:
+    quality, kind = sketched.summary["quality"], ws.task.sketch.kind
+    if quality is None:
         return None
-    return (
-        f"{quality['within']:.1%} of the inner products lie within three standard deviations of "
-        f"what a {ws.task.sketch.kind} sketch should keep, fewer than {KEPT:.0%}; take another "
-        "sketch.kind, or a larger sketch.dim"
-    )
+    advice = "take another sketch.kind, or a larger sketch.dim"
+    if quality["within"] < KEPT:
+        return (
+            f"{quality['within']:.1%} of the inner products lie within three standard deviations "
+            f"of what a {kind} sketch should keep, fewer than {KEPT:.0%}; {advice}"
+        )
+    if quality["rms"] > ALLOWED * quality["dense"]:
+        return (
+            f"the inner products' error is {quality['rms']:.3f}, more than {ALLOWED:g} times that "
+            f"of a dense Gaussian sketch ({quality['dense']:.3f}); {advice}"
+        )
+    return None
 
 
 def sketch(ws: Workspace, examples: Entry) -> Sketched:
@@ -157,7 +164,8 @@ def _stream(
     keep = rows is not None and 4 * width * len(known) <= ws.task.gradients.keep_raw_bytes
     losses, norms = np.zeros(len(known), np.float32), np.zeros(len(known), np.float32)
     with ExitStack() as stack:
-        raw = sketches = operator = quality = None
+        raw = sketches = operator = None
+        probe = _Probe(ws, known)
         if rows is not None and keep:
             raw = stack.enter_context(RowWriter(rows.path / RAW, width))
         if draft is not None:
@@ -184,34 +192,52 @@ def _stream(
                 )
                 sketched = whole[good]
                 sketches.append(sketched.numpy())
-                if quality is None and len(sketched) > 1:
-                    quality = _quality(ws, _exact(ws, known, block, good), sketched)
+                probe.add(block, good, sketched)
             bar.update(len(block.losses))
     usable = _usable(torch.from_numpy(losses), torch.from_numpy(norms)).numpy()
     if draft is not None:
         pq.write_table(pa.table({"example_id": known.ids[usable]}), draft.path / "ids.parquet")
         draft.rows = int(usable.sum())
-        draft.summary = {"dimension": sketch_dimension(ws), "parameters": width, "quality": quality}
+        draft.summary = {
+            "dimension": sketch_dimension(ws),
+            "parameters": width,
+            "quality": probe.quality(),
+        }
     if rows is not None:
         _write_rows(ws, source, known, losses, norms, usable, rows)
         rows.summary |= {"parameters": width, "raw_kept": bool(keep)}
 
 
-def _exact(
-    ws: Workspace, known: Examples, block: GradientBlock | SketchBlock, good: Tensor
-) -> dict[str, Tensor]:
-    """The gradients of the block's first good rows, at most PROBE; formed if they were not."""
-    if isinstance(block, GradientBlock):
-        return {name: gradient[good][:PROBE] for name, gradient in block.gradients.items()}
-    rows = np.arange(len(known))[block.rows][good.numpy()][:PROBE]
-    formed = list(_pass(ws, known.take(rows)))
-    return {name: torch.cat([b.gradients[name] for b in formed]) for name in formed[0].gradients}
+class _Probe:
+    """The first good examples' exact gradients, at most PROBE, held against their sketches."""
 
+    def __init__(self, ws: Workspace, known: Examples) -> None:
+        self.ws, self.known = ws, known
+        self.exact: list[dict[str, Tensor]] = []
+        self.sketched: list[Tensor] = []
+        self.room = PROBE
 
-def _quality(ws: Workspace, exact: dict[str, Tensor], sketched: Tensor) -> dict[str, float]:
-    """How well the sketches of a few exact gradients keep their inner products (`gram_error`)."""
-    allowed = allowed_variance(ws.task.sketch.kind)
-    return gram_error(gram(exact), gram(sketched[:PROBE]), sketched.shape[1], allowed)
+    def add(self, block: GradientBlock | SketchBlock, good: Tensor, sketched: Tensor) -> None:
+        """Take what still has room; gradients that were never formed are formed for it."""
+        if not self.room:
+            return
+        few = good & (good.cumsum(0) <= self.room)
+        if isinstance(block, GradientBlock):
+            self.exact.append({name: g[few] for name, g in block.gradients.items()})
+        else:
+            rows = np.arange(len(self.known))[block.rows][few.numpy()]
+            self.exact += [formed.gradients for formed in _pass(self.ws, self.known.take(rows))]
+        self.sketched.append(sketched[: self.room])
+        self.room -= int(few.sum())
+
+    def quality(self) -> dict[str, float] | None:
+        """See `gram_error`; None with fewer than two examples."""
+        if PROBE - self.room < 2:
+            return None
+        rows = torch.cat(self.sketched)
+        exact = {name: torch.cat([part[name] for part in self.exact]) for name in self.exact[0]}
+        allowed = allowed_variance(self.ws.task.sketch.kind)
+        return gram_error(gram(exact), gram(rows), rows.shape[1], allowed)
 
 
 def _write_rows(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -32,12 +33,13 @@ from dsel_assets.sketching.dense import Dense
 from dsel_assets.sketching.quality import gram, gram_error
 from dsel_assets.steps.arrivals import arrivals
 from dsel_assets.steps.model import base_builder, base_model, trainable_shapes
-from dsel_assets.steps.path import finetuning_path, path_weights
+from dsel_assets.steps.path import finetuning_path, path_weights, spectrum_steps
 from dsel_assets.steps.pool import held_back, ingest, load_examples
 from dsel_assets.steps.workspace import Workspace
 
 SPECTRUM = "spectrum.json"
 DIMENSIONS = [2**i for i in range(6, 15)]
+SEEN_THROUGH = "affd"  # the sketch of spectrum.sketch_dim
 PROBE = 64  # gradients whose inner products are compared with their sketches'
 
 
@@ -52,8 +54,9 @@ def hessian_spectrum(ws: Workspace) -> Entry:
         "trainable": list(trainable_shapes(ws)),
         "contract": ws.task.pool.columns.model_dump(mode="json"),
         "spec": ws.task.spectrum.model_dump(exclude={"steps"}),
-        "operator": {"kind": ws.task.sketch.kind, "seed": ws.task.sketch.seed},
-        "version": 2,
+        "operator": operator_fields(ws, ws.task.sketch.kind),
+        "seen_through": operator_fields(ws, SEEN_THROUGH),
+        "version": 3,
     }
     for entry in ws.store.entries(ws.task.name, "hessian_spectrum"):
         if made_of.items() <= entry.manifest["fields"].items():
@@ -66,8 +69,7 @@ def hessian_spectrum(ws: Workspace) -> Entry:
         raise StoreError(f"{ws.task.name}: no usable arrival in {ws.landing} yet")
     fields = made_of | {"pool": pool.identity}
     with ws.store.write(ws.task.name, "hessian_spectrum", fields) as draft:
-        found = _measure(ws, pool, base_builder(ws)().state_dict(), draft)
-        content = json.loads((draft.path / SPECTRUM).read_text())
+        found, content = _measure(ws, pool, base_builder(ws)().state_dict(), draft)
         content["predicted_error"] = {
             "dimension": DIMENSIONS,
             "relative_error": predicted_error(found, DIMENSIONS).tolist(),
@@ -82,32 +84,45 @@ def spectrum_on_the_way(ws: Workspace, step: int) -> Entry:
     """The same after `step` steps of the finetuning path, on the same examples."""
     base = hessian_spectrum(ws)
     path = finetuning_path(ws, base.manifest["fields"]["pool"])
-    fields = {
-        "path": path.identity,
-        "step": step,
-        "spec": base.manifest["fields"]["spec"],
-        "version": 1,
-    }
+    fields = _on_the_way(base, path) | {"step": step}
     if entry := ws.store.find(ws.task.name, "finetuning_spectra", fields):
         return entry
     pool = ws.store.entry(ws.task.name, "pool", base.manifest["fields"]["pool"])
     assert pool is not None
     with ws.store.write(ws.task.name, "finetuning_spectra", fields) as draft:
-        _measure(ws, pool, path_weights(path, step), draft)
+        content = _measure(ws, pool, path_weights(path, step), draft)[1]
+        (draft.path / SPECTRUM).write_text(json.dumps(content))
         draft.summary["step"] = step
     return draft.done
 
 
-def spectra_so_far(ws: Workspace) -> list[Entry]:
-    """The spectra of this task's finetuning path that are there, by step."""
-    path = finetuning_path(ws, hessian_spectrum(ws).manifest["fields"]["pool"])
-    every = ws.store.entries(ws.task.name, "finetuning_spectra")
-    own = [entry for entry in every if entry.manifest["fields"]["path"] == path.identity]
-    return sorted(own, key=lambda entry: entry.manifest["fields"]["step"])
+def spectra_so_far(ws: Workspace) -> list[dict[str, Any]]:
+    """Eigenvalues and summary of each spectrum of this task's finetuning path, by step."""
+    base = hessian_spectrum(ws)
+    path = finetuning_path(ws, base.manifest["fields"]["pool"])
+    found = []
+    for step in spectrum_steps(ws):
+        fields = _on_the_way(base, path) | {"step": step}
+        if entry := ws.store.find(ws.task.name, "finetuning_spectra", fields):
+            content = json.loads(entry.file(SPECTRUM).read_text())
+            found.append({"eigenvalues": content["eigenvalues"], **entry.summary})
+    return found
 
 
-def _measure(ws: Workspace, pool: Entry, weights: Mapping[str, Tensor], draft: Draft) -> Spectrum:
-    """Write the spectrum of the loss at these weights into the draft.
+def operator_fields(ws: Workspace, kind: str) -> dict[str, Any]:
+    """What a sketch of this kind is made of, but for its dimension."""
+    return {"kind": kind, "seed": ws.task.sketch.seed, "version": KINDS[kind].version}
+
+
+def _on_the_way(base: Entry, path: Entry) -> dict[str, Any]:
+    same = {name: base.manifest["fields"][name] for name in ("spec", "seen_through")}
+    return {"path": path.identity, "version": 2, **same}
+
+
+def _measure(
+    ws: Workspace, pool: Entry, weights: Mapping[str, Tensor], draft: Draft
+) -> tuple[Spectrum, dict[str, Any]]:
+    """The spectrum of the loss at these weights, and what of it is kept; fills the summary.
 
     Killed, it goes on from the Krylov vectors that it had.
     """
@@ -122,7 +137,8 @@ def _measure(ws: Workspace, pool: Entry, weights: Mapping[str, Tensor], draft: D
     size = sum(p.numel() for p in parameters.values())
     sketch = None
     if spec.sketch_dim is not None:
-        sketch = ModelSketch(trainable_shapes(ws), "affd", spec.sketch_dim, ws.task.sketch.seed)
+        shapes = trainable_shapes(ws)
+        sketch = ModelSketch(shapes, SEEN_THROUGH, spec.sketch_dim, ws.task.sketch.seed)
     room = size if spec.sketch_dim is None else spec.sketch_dim
     steps = min(spec.iterations, room)
     product, gradient = _products(ws, model, parameters, inputs, labels)
@@ -136,7 +152,7 @@ def _measure(ws: Workspace, pool: Entry, weights: Mapping[str, Tensor], draft: D
         found = spectrum(
             counted,
             size,
-            k=min(spec.eigenvalues, room),
+            k=min(spec.eigenvalues, size if sketch is None else room // 2),
             iterations=steps,
             sketch=sketch,
             vectors=True,
@@ -151,7 +167,6 @@ def _measure(ws: Workspace, pool: Entry, weights: Mapping[str, Tensor], draft: D
         "residuals": found.residuals.tolist(),
         "density": {"grid": grid, "values": density(found, grid, width).tolist()},
     }
-    (draft.path / SPECTRUM).write_text(json.dumps(content))
     count = outliers(found.eigenvalues)
     seen = sketch({k: g[None] for k, g in gradient.items()})[0] if sketch else _flat(gradient)
     assert found.vectors is not None
@@ -162,13 +177,14 @@ def _measure(ws: Workspace, pool: Entry, weights: Mapping[str, Tensor], draft: D
         "top_eigenvalue": float(found.eigenvalues[0]),
         "negative_ratio": negative_ratio(found.eigenvalues),
         "outliers": count,
+        "all_outliers_seen": bool(np.abs(found.eigenvalues).min() <= 0.2 * found.eigenvalues[0]),
         "gradient_in_outliers": float(alignment(seen, found.vectors[:count])),
         "trace": found.trace,
         "frobenius": found.frobenius,
         "largest_residual": float(found.residuals.max()),
     }
     state.unlink(missing_ok=True)
-    return found
+    return found, content
 
 
 def _products(

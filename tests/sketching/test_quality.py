@@ -43,6 +43,7 @@ def test_by_hand():
     assert gram_error(exact, sketched, 8, 2.0)["within"] == pytest.approx(2 / 3)
     assert gram_error(exact, exact, 8, 2.0) == {
         "rms": 0,
+        "dense": pytest.approx(((1 + (1 / 4 + 0 + 4 / 9) / 3) / 8) ** 0.5),
         "correlation": pytest.approx(1),
         "within": 1,
     }

@@ -248,3 +248,28 @@ def test_sketches_of_factors_are_those_of_the_gradients_which_are_never_formed(
     assert formed == [8, 60]
     expected = read_rows(raw.sketches.file(SKETCHES))
     np.testing.assert_allclose(by_factors, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_promise_is_measured_on_the_same_examples_whatever_the_block(lab: Any) -> None:
+    measured = []
+    for block in (1, 7, 64):
+        made = sketched(lab.workspace(gradients={"block": block}))
+        measured.append(made.sketches.summary["quality"])
+        for name in ("sketches", "gradients"):
+            shutil.rmtree(lab.home / "store" / "tiny" / name)
+    for quality in measured[1:]:
+        assert quality == pytest.approx(measured[0], rel=1e-3)
+
+
+def test_a_sketch_of_a_fourth_of_the_dimension_breaks_the_promise(
+    lab: Any, monkeypatch: Any
+) -> None:
+    ws = lab.workspace(sketch={"dim": 256})
+    made = sketched(ws).sketches
+    assert step.broken_promise(ws, made) is None
+    fourth = lab.workspace(sketch={"dim": 64})
+    quality = dict(
+        sketched(fourth).sketches.summary["quality"], dense=made.summary["quality"]["dense"]
+    )
+    monkeypatch.setitem(made.summary, "quality", quality)
+    assert "more than 2 times" in str(step.broken_promise(ws, made))

@@ -65,7 +65,7 @@ def test_the_first_step_is_the_base_and_the_others_differ(lab: Any) -> None:
     base, first, later = hessian_spectrum(ws), *(spectrum_on_the_way(ws, s) for s in (0, 10))
     assert read(base)["eigenvalues"] == read(first)["eigenvalues"]
     assert read(later)["eigenvalues"] != read(first)["eigenvalues"]
-    assert [entry.summary["step"] for entry in spectra_so_far(ws)] == [0, 10]
+    assert [record["step"] for record in spectra_so_far(ws)] == [0, 10]
     assert spectrum_on_the_way(ws, 10).identity == later.identity
 
 
@@ -130,3 +130,35 @@ def test_the_measured_error_falls_as_the_dimension_grows(lab: Any) -> None:
     assert measured["dimension"] == step.DIMENSIONS
     assert measured["rms"][-1] < measured["rms"][0] / 3
     assert min(measured["within"]) > 0.95
+
+
+def test_other_settings_are_other_spectra_and_do_not_mix(lab: Any) -> None:
+    made = [
+        spectrum_on_the_way(prepared(lab, **changes), 10)
+        for changes in (
+            {},
+            {"spectrum": {"curvature": "gauss_newton"}},
+            {"spectrum": {"sketch_dim": 64}},
+            {"spectrum": {"sketch_dim": 64}, "sketch": {"seed": 7}},
+        )
+    ]
+    assert len({entry.identity for entry in made}) == len(made)
+    assert [record["step"] for record in spectra_so_far(prepared(lab))] == [10]
+
+
+def test_it_says_when_there_may_be_more_outliers_than_were_asked_for(lab: Any) -> None:
+    few, many = (
+        hessian_spectrum(prepared(lab, spectrum={"eigenvalues": k, "iterations": 80})).summary
+        for k in (2, 70)
+    )
+    assert not few["all_outliers_seen"] and many["all_outliers_seen"]
+    assert few["outliers"] < many["outliers"]
+
+
+def test_a_small_sketch_of_the_curvature_is_asked_for_fewer_eigenvalues(lab: Any) -> None:
+    found = read(
+        hessian_spectrum(
+            prepared(lab, spectrum={"sketch_dim": 16, "eigenvalues": 10, "iterations": 16})
+        )
+    )
+    assert len(found["eigenvalues"]) == 8
