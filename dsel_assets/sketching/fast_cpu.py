@@ -29,7 +29,8 @@ Array = NDArray[Any]
 Span = tuple[int, int, int]  # coordinates first .. last-1, in runs or blocks of a size
 
 _PIECE = 2**17  # coordinates that are copied, or given to a kernel, at a time
-_TOGETHER = 16  # rows that share the expanded signs of a run
+_TOGETHER = 32  # rows that share expanded signs
+_SIGNS = 2**15  # coordinates whose signs are expanded at a time
 _CACHED = 2**11  # points that are transformed while they lie in the first-level cache
 
 
@@ -166,7 +167,7 @@ def _signs(key: Array, first: int, flips: Array) -> None:
                 word = np.uint32(four[lane]) >> np.uint32(start - base)
                 part = flips[start - first : stop - first]
                 for b in range(part.size):
-                    part[b] = 1.0 - 2.0 * (word >> np.uint32(b) & np.uint32(1))
+                    part[b] = 1 - 2 * np.int8(word >> np.uint32(b) & np.uint32(1))
 
 
 @_compile
@@ -194,19 +195,47 @@ def _permutation(key: Array, index: int, size: int) -> Array:
 @_compile
 def _add_flipped(target: Array, source: Array, flips: Array) -> None:
     for j in range(source.size):
-        target[j] += source[j] * flips[j]
-
-
-@_compile
-def _add_taken(target: Array, source: Array, order: Array) -> None:
-    for j in range(target.size):
-        target[j] += source[order[j]]
+        target[j] += source[j] * np.float32(flips[j])
 
 
 @_compile
 def _put_flipped(target: Array, source: Array, flips: Array) -> None:
     for j in range(target.size):
-        target[j] = source[j] * flips[j]
+        target[j] = source[j] * np.float32(flips[j])
+
+
+@_compile
+def _add_products(target: Array, source: Array, factors: Array) -> None:
+    for j in range(target.size):
+        target[j] += source[j] * factors[j]
+
+
+@_compile
+def _put_products(target: Array, source: Array, factors: Array) -> None:
+    for j in range(target.size):
+        target[j] = source[j] * factors[j]
+
+
+@_compile
+def _add_four(
+    target: Array,
+    s0: Array,
+    s1: Array,
+    s2: Array,
+    s3: Array,
+    f0: Array,
+    f1: Array,
+    f2: Array,
+    f3: Array,
+) -> None:
+    for j in range(target.size):
+        target[j] += s0[j] * f0[j] + s1[j] * f1[j] + (s2[j] * f2[j] + s3[j] * f3[j])
+
+
+@_compile
+def _add_taken(target: Array, source: Array, order: Array) -> None:
+    for j in range(order.size):
+        target[j] += source[order[j]]
 
 
 @_compile
@@ -221,17 +250,20 @@ def _countsketch(
     key: Array,
 ) -> None:
     """Coordinates first .. last-1, in the columns of x from `column` on."""
-    flips = np.empty(run, total.dtype)
+    several = max(1, _SIGNS // run) * run
+    flips = np.empty(several, np.int8)
     for top in range(0, x.shape[0], _TOGETHER):
-        for start in range(first, last, run):
-            shift, size = shifts[start // run], min(run, last - start)
-            _signs(key, start, flips[:size])
-            cut = min(size, run - shift)
-            place = column + start - first
+        for head in range(first, last, several):
+            tail = min(last, head + several)
+            _signs(key, head, flips[: tail - head])
             for r in range(top, min(x.shape[0], top + _TOGETHER)):
-                source = x[r, place : place + size]
-                _add_flipped(total[r, shift : shift + cut], source[:cut], flips[:cut])
-                _add_flipped(total[r, : size - cut], source[cut:], flips[cut:size])
+                for start in range(head, tail, run):
+                    shift, size = shifts[start // run], min(run, tail - start)
+                    cut, place = min(size, run - shift), column + start - first
+                    own = flips[start - head : start - head + size]
+                    source = x[r, place : place + size]
+                    _add_flipped(total[r, shift : shift + cut], source[:cut], own[:cut])
+                    _add_flipped(total[r, : size - cut], source[cut:], own[cut:])
 
 
 @_compile
@@ -246,26 +278,41 @@ def _countsketch_adjoint(
     key: Array,
 ) -> None:
     """Coordinates first .. last-1, in the columns of x from `column` on."""
-    flips = np.empty(run, total.dtype)
+    several = max(1, _SIGNS // run) * run
+    flips = np.empty(several, np.int8)
     for top in range(0, x.shape[0], _TOGETHER):
-        for start in range(first, last, run):
-            shift, size = shifts[start // run], min(run, last - start)
-            _signs(key, start, flips[:size])
-            cut = min(size, run - shift)
-            place = column + start - first
+        for head in range(first, last, several):
+            tail = min(last, head + several)
+            _signs(key, head, flips[: tail - head])
             for r in range(top, min(x.shape[0], top + _TOGETHER)):
-                target = x[r, place : place + size]
-                _put_flipped(target[:cut], total[r, shift : shift + cut], flips[:cut])
-                _put_flipped(target[cut:], total[r, : size - cut], flips[cut:size])
+                for start in range(head, tail, run):
+                    shift, size = shifts[start // run], min(run, tail - start)
+                    cut, place = min(size, run - shift), column + start - first
+                    own = flips[start - head : start - head + size]
+                    target = x[r, place : place + size]
+                    _put_flipped(target[:cut], total[r, shift : shift + cut], own[:cut])
+                    _put_flipped(target[cut:], total[r, : size - cut], own[cut:])
 
 
 @_compile
-def _radix4(t: Array) -> None:
-    """The butterflies of distances 1 and 2."""
-    for i in range(t.size // 4):
+def _shuffled_radix4(t: Array, to: Array) -> None:
+    """Two levels of butterflies between neighbours; their outcomes lie a quarter apart."""
+    q = t.size // 4
+    t0, t1, t2, t3 = to[:q], to[q : 2 * q], to[2 * q : 3 * q], to[3 * q :]
+    for i in range(q):
         a, b, c, d = t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]
         a, b, c, d = a + b, a - b, c + d, c - d
-        t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3] = a + c, b + d, a - c, b - d
+        t0[i], t1[i], t2[i], t3[i] = a + c, b + d, a - c, b - d
+
+
+@_compile
+def _shuffled_radix2(t: Array, to: Array) -> None:
+    """The same of one level; their outcomes lie half apart."""
+    h = t.size // 2
+    t0, t1 = to[:h], to[h:]
+    for i in range(h):
+        a, b = t[2 * i], t[2 * i + 1]
+        t0[i], t1[i] = a + b, a - b
 
 
 @_compile
@@ -308,14 +355,26 @@ def _butterflies(t: Array, h: int) -> None:
 
 @_compile
 def _hadamard(t: Array) -> None:
-    """Not normalised, in place; the size is a power of two."""
-    if t.size < 4:
-        _butterflies(t, 1)
-        return
+    """Not normalised, in place; the size is a power of two.
+
+    Shuffled passes read neighbours, which short distances cannot vectorise in place; as many levels
+    as the indices have bits bring every entry back to its place.
+    """
     part = min(t.size, _CACHED)
+    one, other = np.empty(part, t.dtype), np.empty(part, t.dtype)
     for start in range(0, t.size, part):
-        _radix4(t[start : start + part])
-        _butterflies(t[start : start + part], 4)
+        own = t[start : start + part]
+        source, done = own, 1
+        while done < part:
+            radix = 4 if 4 * done <= part else 2
+            done *= radix
+            to = own if done == part else one
+            if radix == 4:
+                _shuffled_radix4(source, to)
+            else:
+                _shuffled_radix2(source, to)
+            one, other = other, one
+            source = to
     _butterflies(t, part)
 
 
@@ -350,33 +409,48 @@ def _affd(
     """Blocks of `size` coordinates from `first` on, in the columns of x from `column` on."""
     down = _leading(size)
     across, points = size // down, total.shape[1]
-    tile, flips = np.empty(size, total.dtype), np.empty(size, total.dtype)
+    tile, flips = np.empty(size, total.dtype), np.empty(size, np.int8)
     gains = np.empty(size, np.float32)
     folded = np.empty(max(points, across), total.dtype)
-    width, lines = min(points, across), folded.size // across
+    lines = folded.size // across
+    order = np.empty(folded.size, np.int32)
     for start in range(first, last, size):
         filled, place = min(size, last - start), column + start - first
         _signs(sign_key, start, flips[:filled])
         _gains(gain_key, start, gains)
-        row_of = np.argsort(_permutation(leading_key, start // size, down))
-        order = _permutation(trailing_key, start // size, across)
+        leading = _permutation(leading_key, start // size, down)
+        trailing = _permutation(trailing_key, start // size, across)
+        for i in range(order.size):
+            order[i] = i // across * across + trailing[i % across]
         for r in range(x.shape[0]):
             _put_flipped(tile[:filled], x[r, place : place + filled], flips[:filled])
             tile[filled:] = 0
             _hadamard(tile)
             folded[:] = 0
-            for i in range(down):
-                line = slice(i * across, (i + 1) * across)
-                to = (row_of[i] & (lines - 1)) * across
-                _add_flipped(folded[to : to + across], tile[line], gains[line])
-            for i in range(0, folded.size, width):
-                line_of = i // across * across
-                to = i & (points - 1)
-                _add_taken(
-                    total[r, to : to + width],
-                    folded[line_of : line_of + across],
-                    order[i - line_of : i - line_of + width],
-                )
+            for i in range(lines):
+                to, rest = folded[i * across : (i + 1) * across], i
+                while rest + 3 * lines < down:
+                    a, b = leading[rest] * across, leading[rest + lines] * across
+                    c = leading[rest + 2 * lines] * across
+                    d = leading[rest + 3 * lines] * across
+                    _add_four(
+                        to,
+                        tile[a : a + across],
+                        tile[b : b + across],
+                        tile[c : c + across],
+                        tile[d : d + across],
+                        gains[a : a + across],
+                        gains[b : b + across],
+                        gains[c : c + across],
+                        gains[d : d + across],
+                    )
+                    rest += 4 * lines
+                while rest < down:
+                    a = leading[rest] * across
+                    _add_products(to, tile[a : a + across], gains[a : a + across])
+                    rest += lines
+            for i in range(0, folded.size, points):
+                _add_taken(total[r], folded, order[i : i + points])
 
 
 @_compile
@@ -395,7 +469,7 @@ def _affd_adjoint(
     """The adjoint of `_affd`: fills the columns of x."""
     down = _leading(size)
     across, points = size // down, total.shape[1]
-    tile, flips = np.empty(size, total.dtype), np.empty(size, total.dtype)
+    tile, flips = np.empty(size, total.dtype), np.empty(size, np.int8)
     gains = np.empty(size, np.float32)
     folded = np.empty(max(points, across), total.dtype)
     lines = folded.size // across
@@ -403,15 +477,16 @@ def _affd_adjoint(
         filled, place = min(size, last - start), column + start - first
         _signs(sign_key, start, flips[:filled])
         _gains(gain_key, start, gains)
-        row_of = np.argsort(_permutation(leading_key, start // size, down))
-        order = _permutation(trailing_key, start // size, across)
+        leading = _permutation(leading_key, start // size, down)
+        trailing = _permutation(trailing_key, start // size, across)
         for r in range(x.shape[0]):
             for i in range(lines):
                 for j in range(across):
-                    folded[i * across + order[j]] = total[r, (i * across + j) & (points - 1)]
+                    folded[i * across + trailing[j]] = total[r, (i * across + j) & (points - 1)]
             for i in range(down):
-                line = slice(i * across, (i + 1) * across)
-                to = (row_of[i] & (lines - 1)) * across
-                _put_flipped(tile[line], folded[to : to + across], gains[line])
+                to, line = leading[i] * across, (i & (lines - 1)) * across
+                _put_products(
+                    tile[to : to + across], folded[line : line + across], gains[to : to + across]
+                )
             _hadamard(tile)
             _put_flipped(x[r, place : place + filled], tile[:filled], flips[:filled])
