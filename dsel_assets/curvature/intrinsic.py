@@ -63,11 +63,12 @@ def search_intrinsic_dimension(
     lr: float = 1e-3,
     verify: bool = True,
 ) -> IntrinsicDimension:
-    """The dimension that training needs, within a factor of 2, in one run (arXiv:2402.03994).
+    """The dimension that training needs, searched for in one run (arXiv:2402.03994).
 
     Training moves theta0 + S'w along the first d coordinates of w. Every `steps` steps the score is
     taken: at the target, d is the answer; if it has risen by less than `delta`, d doubles. Nothing
-    is reset. Then half of d is trained from theta0 and has to stay below the target.
+    is reset. Then half of d is trained from theta0: if it stays below the target, d is right within
+    a factor of 2; if not, d is an upper bound, as steps in fewer dimensions were spent on the way.
 
     parameters: theta0. gradient(parameters, step): of the loss at these parameters, by name, on
     whatever batch belongs to this step (they count from 0 in both runs).

@@ -52,6 +52,27 @@ def draw_spectrum(chosen: int = 1024) -> bytes:
     return plots.spectrum(eigenvalues, grid, density, dimensions, 4 / np.sqrt(dimensions), chosen)
 
 
+def draw_spectra() -> bytes:
+    return plots.spectra(
+        [
+            {
+                "step": step,
+                "eigenvalues": np.linspace(40 / (1 + place), -2, 12),
+                "outliers": 9,
+                "all_outliers_seen": place > 0,
+                "negative_ratio": 0.05 * place,
+                "gradient_in_outliers": 0.5,
+            }
+            for place, step in enumerate((0, 10, 100))
+        ]
+    )
+
+
+def draw_rounds() -> bytes:
+    history = [{"step": 50 * i, "dimension": 2**i if i else 0, "score": i / 9} for i in range(8)]
+    return plots.rounds(history, history[:4], 0.75)
+
+
 def draw_composition(categories: int = 10) -> bytes:
     def count() -> dict[str, float]:
         return {str(i): float(RNG.integers(0, 40)) for i in range(categories)}
@@ -69,6 +90,8 @@ def draw_composition(categories: int = 10) -> bytes:
         lambda: plots.differences(comparisons()[:1]),
         draw_spectrum,
         lambda: draw_spectrum(chosen=32),
+        draw_spectra,
+        draw_rounds,
         draw_composition,
         lambda: draw_composition(categories=30),
         lambda: plots.composition({"random": {}}, {"clean": 3}, "vendor"),
@@ -151,3 +174,7 @@ def test_nothing_to_draw_is_refused() -> None:
         plots.budget_curve([], "accuracy")
     with pytest.raises(ValueError, match="no differences"):
         plots.differences([])
+    with pytest.raises(ValueError, match="no spectra"):
+        plots.spectra([])
+    with pytest.raises(ValueError, match="no rounds"):
+        plots.rounds([], [], 0.5)
