@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsel_assets.data.examples import Examples
+from dsel_assets.selection.strata import Strata
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -42,7 +43,8 @@ class Budget:
 class Constraints:
     """What a selection must keep to.
 
-    quotas    column -> value -> number of examples
+    quotas    one column ("label", "group" or another of the pool's) -> value -> exactly so many
+              examples; what they leave of the budget is filled with other values
     required  ids that are chosen first
     forbidden ids that are never chosen
     """
@@ -115,6 +117,40 @@ class Selector(ABC):
         0 < n < len(pool), and n = len(pool) where the order of everything matters: if `nested`.
         """
 
+    def choose_within(
+        self,
+        pool: Examples,
+        target: Examples | None,
+        strata: Strata,
+        *,
+        seed: int,
+        warm: State | None,
+    ) -> Choice:
+        """Choose so many of each part of the pool, as quotas ask.
+
+        Here each part on its own, in turns that keep the shares; a strategy that can weigh the
+        parts against each other does better.
+        """
+        parts = []
+        for part in np.flatnonzero(strata.counts):
+            rows, n = np.flatnonzero(strata.of == part), int(strata.counts[part])
+            if n == len(rows) and not self.nested:
+                parts.append((rows, Choice(np.arange(n))))
+            else:
+                found = self.choose(pool.take(rows), target, n, seed=seed, warm=warm)
+                parts.append((rows, found))
+        turn = np.concatenate([(np.arange(len(c.rows)) + 0.5) / len(c.rows) for _, c in parts])
+        order = np.argsort(turn, kind="stable")
+        shared = set.intersection(*(set(choice.scores) for _, choice in parts))
+        return Choice(
+            np.concatenate([rows[choice.rows] for rows, choice in parts])[order],
+            {
+                name: np.concatenate([choice.scores[name] for _, choice in parts])[order]
+                for name in sorted(shared)
+            },
+            spent=sum(choice.spent for _, choice in parts),
+        )
+
     def select(
         self,
         pool: Examples,
@@ -133,7 +169,7 @@ class Selector(ABC):
         A budget above the pool warns and takes everything.
         """
         started = time.perf_counter()
-        limit = self._limit(budget, constraints)
+        limit = self._limit(budget)
         order = np.argsort(pool.ids, kind="stable")
         pool = pool.take(order[~np.isin(pool.ids[order], sorted(constraints.forbidden))])
         self._check(pool, target, constraints)
@@ -147,10 +183,13 @@ class Selector(ABC):
             raise ValueError(f"{self.name} can't honour {len(first)} required ids: it takes {size}")
         rest = np.setdiff1d(np.arange(len(pool)), first)
         n = size - len(first)
+        strata = self._strata(pool, first, size, constraints)
         if n == 0:
             choice = Choice(np.array([], dtype=np.int64))
         elif n == len(rest) and (self.whole or not self.nested):
             choice = Choice(np.arange(n))
+        elif strata is not None:
+            choice = self.choose_within(pool.take(rest), target, strata, seed=seed, warm=warm)
         else:
             choice = self.choose(pool.take(rest), target, n, seed=seed, warm=warm)
         rows = np.concatenate([first, rest[choice.rows]])
@@ -168,11 +207,27 @@ class Selector(ABC):
             state=choice.state,
         )
 
-    def _limit(self, budget: Budget, constraints: Constraints) -> int:
+    def _strata(
+        self, pool: Examples, first: Ints, size: int, constraints: Constraints
+    ) -> Strata | None:
+        """The quotas over the rows that are not required; those count towards them."""
+        if not constraints.quotas:
+            return None
+        if self.whole or len(constraints.quotas) > 1:
+            raise ValueError(f"{self.name} can't honour quotas ({', '.join(constraints.quotas)})")
+        [(column, quotas)] = constraints.quotas.items()
+        whole = Strata.of_quotas(column, column_of(pool, column), quotas, size)
+        already = np.bincount(whole.of[first], minlength=len(whole.counts))
+        if (already > whole.counts).any():
+            raise ValueError(
+                f"{self.name}: more ids are required than the quotas of {column} allow"
+            )
+        rest = np.delete(whole.of, first)
+        return Strata(rest, whole.counts - already)
+
+    def _limit(self, budget: Budget) -> int:
         if budget.cost is not None:
             raise ValueError(f"{self.name} can't honour a cost budget ({budget.cost!r})")
-        if constraints.quotas:
-            raise ValueError(f"{self.name} can't honour quotas ({', '.join(constraints.quotas)})")
         if budget.limit < 0 or not float(budget.limit).is_integer():
             raise ValueError(f"a budget is a whole number of examples from 0, not {budget.limit}")
         return int(budget.limit)
@@ -196,6 +251,14 @@ class Selector(ABC):
                 if getattr(examples, part) is None:
                     raise ValueError(f"{self.name} needs {part} of the {what}")
                 refuse_non_finite(getattr(examples, part), examples.ids, what)
+
+
+def column_of(pool: Examples, name: str) -> NDArray:
+    """A column of the pool by name; ValueError names those that there are."""
+    columns = {"label": pool.labels, "group": pool.groups, **pool.columns}
+    if name not in columns:
+        raise ValueError(f"the pool has no column {name!r}; it has {', '.join(columns)}")
+    return columns[name]
 
 
 def refuse_non_finite(rows: NDArray, ids: NDArray[np.str_], what: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsel_assets.data.examples import Examples
+from dsel_assets.selection.arrays import as_rows
 from dsel_assets.selection.interface import Choice, Needs, Selector, State
 
 Array = NDArray[Any]
@@ -219,30 +220,6 @@ class _Posterior:
         self.size += 1
         self.variance -= f.astype(np.float64) ** 2
         return variance, b, f
-
-
-def as_rows(values: ArrayLike, name: str) -> Array:
-    """A matrix of finite rows as a C-ordered numpy array, float64 if it was or if integer.
-
-    Torch tensors come to the CPU; half precision and bfloat16 become float32.
-
-    Raises:
-        ValueError: not a matrix, empty, or with rows that are not finite; names the rows.
-    """
-    given: Any = values
-    if hasattr(given, "detach"):
-        given = given.detach().cpu()
-        given = (given if given.element_size() == 8 else given.float()).numpy()
-    given = np.asarray(given)
-    single = given.dtype.kind == "f" and given.dtype.itemsize <= 4
-    array: Array = np.asarray(given, np.float32 if single else np.float64, order="C")
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}; it must be [rows, features], not empty")
-    bad = np.flatnonzero(~np.isfinite(array).all(1))
-    if len(bad):
-        listed = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-        raise ValueError(f"{name} has {len(bad)} rows that are not finite: {listed}")
-    return array
 
 
 def _indices(values: ArrayLike | None, size: int) -> Array:

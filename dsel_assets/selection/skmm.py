@@ -21,17 +21,16 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import nnls
 
 from dsel_assets.data.examples import Examples
+from dsel_assets.selection.arrays import as_rows
 from dsel_assets.selection.interface import Choice, Needs, Selector, State
-from dsel_assets.selection.itl import as_rows
-from dsel_assets.sketching.philox import normals, stream_key
+from dsel_assets.selection.moments import energies, moment_diagnostics, reduce_sketches
+from dsel_assets.selection.rounding import round_weights
+from dsel_assets.selection.simplex import project
 
 Array = NDArray[Any]
 
 SOLVERS = ("auto", "convex")
-ROUNDINGS = ("sample", "systematic")
 
-# Directions whose eigenvalue is below this fraction of the largest count as absent.
-RANK_TOLERANCE = 1e-12
 NEWTON_STEPS = 40
 # Rounding errors that the largest term of a sum may have left in the result, in units of eps.
 NOISE = 100
@@ -102,7 +101,7 @@ def match_moments(
         raise ValueError(f"n = {n}: a subset of {N} examples has between 1 and {N}")
     if not (c > 0 and tol > 0):
         raise ValueError(f"c = {c} and tol = {tol} must be positive")
-    P, eigenvalues = _energies(G)
+    P, eigenvalues = energies(G)
     unit = eigenvalues[-1]
     P, target = P / unit, eigenvalues / unit / c
     # At c = 1 uniform weights are optimal and the reference would be 0.
@@ -139,68 +138,6 @@ def match_moments(
     )
 
 
-def project_capped_simplex(v: ArrayLike, cap: float) -> Array:
-    """The nearest point (Euclidean) with 0 <= s_i <= cap and sum 1, exact to float64; O(N) a pass.
-
-    Args:
-        v: [N].
-        cap: at least 1/N.
-
-    Raises:
-        ValueError: v not finite, or cap below 1/N: no such point exists.
-    """
-    v = np.asarray(v, np.float64)
-    if not np.isfinite(v).all():
-        raise ValueError("the vector to be projected is not finite")
-    if cap * len(v) < 1 - 1e-12:
-        raise ValueError(f"{len(v)} entries of at most {cap} cannot add up to 1")
-    return _project(v, cap)[0]
-
-
-def round_weights(weights: ArrayLike, n: int, *, rule: str = "sample", seed: int = 0) -> Array:
-    """Draw n distinct examples according to their weights.
-
-    Never the n largest: weights within a cluster tie, and the order of ties would decide.
-
-    Args:
-        weights: [N] s >= 0; scaled to sum 1.
-        n: how many.
-        rule: "sample" draws one after the other without replacement, each with probability
-            proportional to s; a smaller n is a prefix. "systematic" includes example i with
-            probability n s_i exactly, which must not exceed 1.
-        seed: of the draw.
-
-    Returns:
-        [n] int64, in the order of the draw.
-
-    Raises:
-        ValueError: unknown rule, negative or non-finite weights, fewer than n of them positive, or
-            n s_i above 1 under "systematic".
-    """
-    if rule not in ROUNDINGS:
-        raise ValueError(f"unknown rule {rule!r}; the rules are {', '.join(ROUNDINGS)}")
-    s = np.asarray(weights, np.float64)
-    if s.ndim != 1 or not (np.isfinite(s).all() and (s >= 0).all()):
-        raise ValueError("weights must be a vector of finite numbers that are not negative")
-    if not 0 <= n <= np.count_nonzero(s):
-        raise ValueError(f"n = {n} of {np.count_nonzero(s)} examples with a positive weight")
-    rng = np.random.default_rng([seed, 1])
-    if rule == "sample" or n == 0:
-        # Efraimidis and Spirakis: the n smallest of independent exponentials with rates s
-        positive = np.flatnonzero(s)
-        waiting = rng.exponential(size=len(s))[positive] / s[positive]
-        first: Array = np.argsort(waiting, kind="stable")[:n]
-        return positive[first]
-    inclusion = s * (n / s.sum())
-    if inclusion.max() > 1 + 1e-9:
-        raise ValueError(f"n s_i = {inclusion.max():.6g} > 1 is no probability of inclusion")
-    order = rng.permutation(len(s))
-    passed = np.cumsum(inclusion[order])
-    points = (rng.random() + np.arange(n)) * (passed[-1] / n)
-    drawn: Array = order[np.searchsorted(passed, points, side="right")]
-    return drawn
-
-
 def select_matching(sketches: ArrayLike, n: int, *, solver: str = "auto", seed: int = 0) -> Array:
     """Choose n examples whose second moment of sketches matches the pool's.
 
@@ -220,101 +157,6 @@ def select_matching(sketches: ArrayLike, n: int, *, solver: str = "auto", seed: 
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; the solvers are {', '.join(SOLVERS)}")
     return round_weights(match_moments(sketches, n, seed=seed).weights, n, seed=seed)
-
-
-def intrinsic_dimension(eigenvalues: ArrayLike, size: int) -> int:
-    """r_bar of a moment: how many leading eigenvalues leave at most 1/size of the trace (1.3).
-
-    Args:
-        eigenvalues: of the moment of `size` examples, in any order; rounding below 0 is ignored.
-        size: number of examples N.
-    """
-    descending = np.sort(np.clip(np.asarray(eigenvalues, np.float64), 0, None))[::-1]
-    left = np.append(np.cumsum(descending[::-1])[::-1], 0.0)
-    return int(np.argmax(left <= left[0] / size))
-
-
-def reduce_sketches(sketches: ArrayLike, n: int) -> Array:
-    """Reduce sketches to the few dimensions in which n examples can match a moment.
-
-    One fixed Gaussian map with entries N(0, 1/m), the same for every pool, to
-    m = min(4 r_bar, n / 1.5) dimensions; sketches that have no more are left as they are.
-
-    Args:
-        sketches: [N, D] numpy array or torch tensor.
-        n: size of the subset to be selected, at least 1.
-
-    Returns:
-        [N, m] float64, 1 <= m <= D.
-
-    Raises:
-        ValueError: n below 1, or sketches that are not a finite matrix.
-    """
-    G = as_rows(sketches, "sketches").astype(np.float64)
-    if n < 1:
-        raise ValueError(f"n = {n}: the subset must have at least 1 example")
-    dimension = intrinsic_dimension(np.linalg.eigvalsh(G.T @ G / len(G)), len(G))
-    m = max(1, min(4 * dimension, int(n / 1.5)))
-    if m >= G.shape[1]:
-        return G
-    entries = normals(stream_key(0, "skmm", "reduction"), 0, m * G.shape[1])
-    reduced: Array = G @ entries.numpy().reshape(m, -1).T / np.sqrt(m)
-    return reduced
-
-
-def moment_diagnostics(sketches: ArrayLike, indices: ArrayLike) -> dict[str, float]:
-    """How well the moment of the chosen rows covers that of all rows.
-
-    Args:
-        sketches: [N, m] of the pool.
-        indices: [n] of the chosen examples.
-
-    Returns:
-        n: how many were chosen.
-        pool_rank, rank: directions that the pool and the chosen rows span.
-        missed: fraction of tr(Sigma) outside the span of the chosen rows (the bias).
-        c_s: the smallest c with Sigma <= c Sigma_S; infinite if a direction of the pool is missing.
-        eigen_score, trace_score: largest eigenvalue and trace of Sigma Sigma_S^+, which see only
-            the span of the chosen rows; without a missing direction eigen_score = c_s.
-        least_c_s: what no subset with this trace and size can beat: max(n/N, tr Sigma/tr Sigma_S).
-
-    Raises:
-        ValueError: no indices, or sketches as for `match_moments`.
-    """
-    G = as_rows(sketches, "sketches").astype(np.float64)
-    chosen = G[np.asarray(indices, np.int64)]
-    if len(chosen) == 0:
-        raise ValueError("no indices: an empty subset has no moment")
-    eigenvalues = _energies(G)[1]
-    _, sigma, Q = np.linalg.svd(chosen / np.sqrt(len(chosen)), full_matrices=False)
-    spanned = sigma**2 > RANK_TOLERANCE * eigenvalues[-1]
-    seen = G @ Q[spanned].T
-    scaled = seen / sigma[spanned]
-    scores = np.linalg.eigvalsh(scaled.T @ scaled / len(G))
-    largest = float(scores[-1]) if len(scores) else 0.0
-    trace, own_trace = float(eigenvalues.sum()), float((sigma**2).sum())
-    rank, pool_rank = int(spanned.sum()), len(eigenvalues)
-    least = max(len(chosen) / len(G), trace / own_trace) if own_trace else np.inf
-    return {
-        "n": len(chosen),
-        "pool_rank": pool_rank,
-        "rank": rank,
-        "missed": max(0.0, 1 - float((seen**2).sum()) / len(G) / trace),
-        "c_s": largest if rank == pool_rank else np.inf,
-        "eigen_score": largest,
-        "trace_score": float(scores.sum()),
-        "least_c_s": least,
-    }
-
-
-def _energies(G: Array) -> tuple[Array, Array]:
-    """P [N, r] with the squared coordinates in the moment's eigenbasis, and its eigenvalues [r]."""
-    eigenvalues, V = np.linalg.eigh(G.T @ G / len(G))
-    if not eigenvalues[-1] > 0:
-        raise ValueError("the sketches are all zero: there is no moment to match")
-    present = eigenvalues > RANK_TOLERANCE * eigenvalues[-1]
-    P = (G @ V[:, present]) ** 2
-    return P, P.mean(0)
 
 
 def _least_c(P: Array, n: int) -> float:
@@ -394,7 +236,7 @@ def _proximal_step(
 
     def dual(u: Array) -> tuple[float, Array]:
         values = P @ u
-        s, shift = _project(centre + step * values, 1 / n)
+        s, shift = project(centre + step * values, 1 / n)
         moved = s - centre
         # The last term is zero but for rounding, to which it makes the value insensitive.
         lowest = values @ s - moved @ moved / (2 * step) - shift / step * (s.sum() - 1)
@@ -431,32 +273,6 @@ def _proximal_step(
             return _Step(s, u, taken, False)
         u, value, s = trial, trial_value, trial_s
     return _Step(s, u, NEWTON_STEPS, False)
-
-
-def _project(v: Array, cap: float) -> tuple[Array, float]:
-    """clip(v - shift, 0, cap) of sum 1, and the shift, by Newton's method within a bracket."""
-    if cap * len(v) <= 1 + 1e-12:
-        return np.full(len(v), 1 / len(v)), float(v.min()) - cap
-    whole = max(1, min(len(v) - 1, round(1 / cap)))
-    low, high = float(v.min()) - cap, float(v.max())
-    shift = float(np.partition(v, len(v) - whole)[-whole]) - cap / 2
-    while True:
-        s = np.clip(v - shift, 0, cap)
-        excess = float(s.sum()) - 1
-        if excess > 0:
-            low = shift
-        else:
-            high = shift
-        free = int(np.count_nonzero((s > 0) & (s < cap)))
-        new = shift + excess / free if free else (low + high) / 2
-        if not low < new < high:
-            new = (low + high) / 2
-        if abs(excess) <= 1e-15 or not low < new < high:
-            break
-        shift = new
-    inside = (s > 0) & (s < cap)
-    s[inside] = np.clip(s[inside] - excess / max(free, 1), 0, cap)
-    return s, shift
 
 
 class Skmm(Selector):

@@ -1,6 +1,7 @@
 """What holds for every strategy, whatever it chooses by."""
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -332,10 +333,43 @@ def test_the_given_arrays_are_left_as_they_were(name):
 # Constraints
 
 
+SOURCED = replace(POOL, groups=np.array(["web", "book", "book", "chat"] * (ROWS // 4)))
+
+
+@choosing
+@pytest.mark.parametrize("quotas", [{"web": 3}, {"web": 0, "book": 9}, {"web": 10, "chat": 2}])
+def test_quotas_are_kept_to(name, quotas):
+    selection = select(name, 12, SOURCED, constraints=Constraints(quotas={"group": quotas}))
+    check(selection, 12, SOURCED)
+    sources = dict(zip(SOURCED.ids, SOURCED.groups, strict=True))
+    found = Counter(sources[example] for example in selection.ids)
+    assert {value: found[value] for value in quotas} == quotas
+    again = select(name, 12, SOURCED, constraints=Constraints(quotas={"group": quotas}))
+    assert again.ids.tolist() == selection.ids.tolist()
+
+
+@choosing
+def test_required_ids_count_towards_the_quotas(name):
+    required = frozenset(SOURCED.ids[SOURCED.groups == "web"][:2].tolist())
+    bound = Constraints(quotas={"group": {"web": 3}}, required=required)
+    selection = select(name, 12, SOURCED, constraints=bound)
+    assert set(selection.ids[:2]) == required
+    assert sum(SOURCED.groups[np.isin(SOURCED.ids, selection.ids)] == "web") == 3
+    with pytest.raises(ValueError, match="more ids are required than the quotas of group"):
+        select(name, 12, SOURCED, constraints=replace(bound, quotas={"group": {"web": 1}}))
+
+
 @every
-def test_quotas_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"{name} can't honour quotas .*source"):
-        select(name, 5, constraints=Constraints(quotas={"source": {"web": 3}}))
+def test_quotas_that_cannot_be_honoured_are_refused_by_name(name):
+    two = Constraints(quotas={"group": {"web": 3}, "label": {"0": 2}})
+    with pytest.raises(ValueError, match=f"{name} can't honour quotas .*group, label"):
+        select(name, 5, SOURCED, constraints=two)
+    if STRATEGIES[name].whole:
+        with pytest.raises(ValueError, match=f"{name} can't honour quotas"):
+            select(name, 5, SOURCED, constraints=Constraints(quotas={"group": {"web": 3}}))
+    else:
+        with pytest.raises(ValueError, match="no column 'vendor'; it has label, group"):
+            select(name, 5, SOURCED, constraints=Constraints(quotas={"vendor": {"web": 3}}))
 
 
 @every

@@ -11,15 +11,13 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
 from dsel_assets.selection import skmm
-from dsel_assets.selection.skmm import (
-    intrinsic_dimension,
-    match_moments,
+from dsel_assets.selection.moments import (
+    energies,
     moment_diagnostics,
-    project_capped_simplex,
-    reduce_sketches,
-    round_weights,
-    select_matching,
 )
+from dsel_assets.selection.rounding import ROUNDINGS, round_weights
+from dsel_assets.selection.simplex import project_capped_simplex
+from dsel_assets.selection.skmm import match_moments, select_matching
 
 
 def pool(N, m, *, seed=0, decay=1.0):
@@ -117,7 +115,7 @@ def test_the_dual_never_exceeds_the_objective(seed, n):
 
 
 def test_uniform_weights_reproduce_the_moment():
-    P, eigenvalues = skmm._energies(pool(200, 10))
+    P, eigenvalues = energies(pool(200, 10))
     np.testing.assert_allclose(np.full(200, 1 / 200) @ P, eigenvalues, rtol=1e-13)
 
 
@@ -244,7 +242,7 @@ def test_projection_of_a_long_vector_is_exact():
     N=st.integers(1, 50),
     fraction=st.floats(0, 1),
     seed=st.integers(0, 10**6),
-    rule=st.sampled_from(skmm.ROUNDINGS),
+    rule=st.sampled_from(ROUNDINGS),
 )
 def test_rounding_is_distinct_and_repeatable(N, fraction, seed, rule):
     n = max(1, round(fraction * N))
@@ -260,7 +258,7 @@ def test_rounding_is_distinct_and_repeatable(N, fraction, seed, rule):
 def test_inclusion_probabilities():
     weights = np.array([0.25, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0])
     draws = 4000
-    counts = {rule: np.zeros(7) for rule in skmm.ROUNDINGS}
+    counts = {rule: np.zeros(7) for rule in ROUNDINGS}
     first = np.zeros(7)
     for seed in range(draws):
         for rule, count in counts.items():
@@ -299,78 +297,11 @@ def test_selection(dtype):
         (lambda G: round_weights([0.5, -0.5], 1), "not negative"),
         (lambda G: round_weights([0.9, 0.1], 2, rule="systematic"), "no probability"),
         (lambda G: round_weights([0.9, 0.1], 2, rule="top"), "sample, systematic"),
-        (lambda G: reduce_sketches(G, 0), "n = 0"),
-        (lambda G: moment_diagnostics(G, []), "no indices"),
     ],
 )
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(pool(30, 4))
-
-
-# Reduction and diagnostics
-
-
-def test_intrinsic_dimension_is_the_definition():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        eigenvalues, size = np.sort(rng.pareto(1, 20))[::-1], rng.integers(1, 500)
-        tails = [eigenvalues[t:].sum() for t in range(21)]
-        expected = next(t for t in range(21) if tails[t] <= tails[0] / size)
-        assert intrinsic_dimension(rng.permutation(eigenvalues), size) == expected
-    assert intrinsic_dimension([1.0] * 8 + [-1e-18] * 90, 1000) == 8
-
-
-def test_reduction():
-    low_rank = pool(500, 3, decay=0) @ np.random.default_rng(1).standard_normal((3, 100))
-    reduced = reduce_sketches(low_rank, 60)
-    assert reduced.shape == (500, 12), "four times the intrinsic dimension"
-    assert reduce_sketches(low_rank, 15).shape == (500, 10), "and below n / 1.5"
-    assert reduce_sketches(low_rank, 1).shape == (500, 1)
-    assert np.array_equal(reduce_sketches(low_rank[:, :5], 60), low_rank[:, :5])
-    np.testing.assert_allclose(reduce_sketches(2 * low_rank, 60), 2 * reduced)
-    wide = pool(300, 1000, decay=0)
-    lengths = (reduce_sketches(wide, 250) ** 2).sum(1) / (wide**2).sum(1)
-    m = int(250 / 1.5)
-    assert lengths.mean() == pytest.approx(1, abs=6 * np.sqrt(2 / m / 300))
-    assert lengths.var() == pytest.approx(2 / m, rel=0.5)
-
-
-@settings(deadline=None, max_examples=30)
-@given(N=st.integers(20, 100), m=st.integers(1, 8), seed=st.integers(0, 10**6))
-def test_scores_of_a_subset(N, m, seed):
-    G = pool(N, m, seed=seed)
-    chosen = np.random.default_rng(seed).choice(N, 15, replace=False)
-    scores = moment_diagnostics(G, chosen)
-    whole, part = G.T @ G / N, G[chosen].T @ G[chosen] / 15
-    np.testing.assert_allclose(
-        scores["c_s"], np.linalg.eigvals(np.linalg.solve(part, whole)).real.max(), rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        scores["trace_score"], np.trace(np.linalg.solve(part, whole)), rtol=1e-6
-    )
-    assert scores["c_s"] >= scores["least_c_s"] * (1 - 1e-9)
-    assert scores["c_s"] >= 15 / N and scores["least_c_s"] >= 15 / N
-    assert scores["c_s"] <= scores["trace_score"] * (1 + 1e-9) <= scores["c_s"] * m * (1 + 2e-9)
-    inverse = np.trace(np.linalg.solve(whole, part))
-    assert scores["trace_score"] >= m**2 / inverse * (1 - 1e-9)
-    assert scores["rank"] == scores["pool_rank"] == m and abs(scores["missed"]) < 1e-9
-
-
-def test_uniform_subsets_have_a_trace_score_of_at_least_m_on_average():
-    G = pool(200, 6)
-    rng = np.random.default_rng(0)
-    draws = [moment_diagnostics(G, rng.choice(200, 30, replace=False)) for _ in range(200)]
-    assert np.mean([draw["trace_score"] for draw in draws]) >= 6
-
-
-def test_a_missing_direction_is_not_hidden():
-    G = np.concatenate([np.eye(3), np.eye(3), 2 * np.eye(3)[:1]])
-    scores = moment_diagnostics(G, [0, 1])
-    assert scores["c_s"] == np.inf and scores["rank"] == 2 and scores["pool_rank"] == 3
-    assert np.isfinite([scores["eigen_score"], scores["trace_score"]]).all()
-    np.testing.assert_allclose(scores["missed"], 2 / 10)
-    assert moment_diagnostics(np.vstack([G, np.zeros(3)]), [7])["c_s"] == np.inf
 
 
 # The clusters of section 4.1 of the paper
