@@ -40,7 +40,8 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
     def check(asset: str, name: str) -> dg.AssetSelection:
         return dg.AssetSelection.checks(dg.AssetCheckKey(key(task, asset), name))
 
-    fit, complete = check("sketches", "fit"), check("metrics", "complete")
+    fit = check("sketches", "fit")
+    across = check("metrics", "complete") | check("subsets", "more_than_chance")
     said = {
         "ingest": "An arrival: validate it, differentiate it, sketch it. Nothing else is touched.",
         "select": "A strategy: choose, finetune, evaluate, at every budget with every seed.",
@@ -48,8 +49,8 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
     }
     chosen = {
         "ingest": assets(*INGEST) - fit,
-        "select": (assets(*SELECT) | fit) - complete,
-        "compare": assets("verdict", *models) | complete,
+        "select": (assets(*SELECT) | fit) - across,
+        "compare": assets("verdict", *models) | across,
     }
     return {
         name: dg.define_asset_job(

@@ -5,7 +5,7 @@ Checks about one arrival or one table stand with the asset that makes it; these 
 
 import dagster as dg
 
-from dsel_assets.assets.declare import Home, key
+from dsel_assets.assets.declare import Home, key, table
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Task
 
@@ -84,6 +84,34 @@ def dimension_is_enough(task: Task) -> dg.AssetChecksDefinition:
     return dimension_is_enough
 
 
+def more_than_chance(task: Task) -> dg.AssetChecksDefinition:
+    """A warning when a strategy's subsets can't be told from uniform draws."""
+
+    @dg.asset_check(
+        asset=key(task, "subsets"),
+        name="more_than_chance",
+        description="What a strategy chooses differs from uniform draws: its seeds agree on more "
+        "(or fewer) examples than chance would have them, or its own measure says so.",
+    )
+    def more_than_chance(home: Home) -> dg.AssetCheckResult:
+        from dsel_assets.steps.generation import current_generation
+        from dsel_assets.steps.subsets import beyond_chance
+
+        ws = Workspace(task, home)
+        found = beyond_chance(ws, current_generation(ws))
+        alike = [f"{row['strategy']} at {row['budget']}" for row in found if not row["chosen"]]
+        return dg.AssetCheckResult(
+            passed=not alike,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={
+                "like_a_uniform_draw": ", ".join(alike) or "none",
+                "overlap_of_seeds": table(found),
+            },
+        )
+
+    return more_than_chance
+
+
 def metrics_complete(task: Task) -> dg.AssetChecksDefinition:
     """Blocking, before the verdict: every cell is there, on the same seeds and examples."""
 
@@ -126,4 +154,9 @@ def metrics_complete(task: Task) -> dg.AssetChecksDefinition:
 
 def checks(task: Task) -> list[dg.AssetChecksDefinition]:
     """All of them."""
-    return [sketches_fit(task), dimension_is_enough(task), metrics_complete(task)]
+    return [
+        sketches_fit(task),
+        dimension_is_enough(task),
+        more_than_chance(task),
+        metrics_complete(task),
+    ]

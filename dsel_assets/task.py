@@ -90,19 +90,30 @@ class Source(_Spec):
     source: str = Field(description="file (.parquet, .jsonl, .jsonl.gz), or bundled:<name>/<split>")
 
 
+class Lora(_Spec):
+    """Low-rank adapters beside linear layers; finetune.trainable: lora trains them alone."""
+
+    rank: int = Field(8, ge=1, description="rank of each adapter")
+    alpha: float = Field(16.0, gt=0, description="each adapter's product is scaled by alpha / rank")
+    modules: list[str] = Field(
+        ["*"], min_length=1, description="patterns of the linear layers' names"
+    )
+
+
 class ModelSpec(_Spec):
     """What is finetuned, from which checkpoint."""
 
     kind: Literal["torch"] = Field("torch", description="family of models")
     name: Literal["small_cnn", "mlp"] = Field("small_cnn", description="architecture")
     base: str = Field(description="safetensors file to start from, or bundled:<name>")
+    lora: Lora | None = Field(None, description="adapters beside its linear layers; none: without")
 
 
 class Finetune(_Spec):
     """The training that every strategy gets, the same for all."""
 
     trainable: str | Annotated[list[str], Field(min_length=1)] = Field(
-        "all", description="all, head (the last layer), or patterns of parameter names"
+        "all", description="all, head (the last layer), lora, or patterns of parameter names"
     )
     steps: int = Field(400, ge=1, description="optimiser steps, whatever the subset's size")
     batch_size: int = Field(32, ge=1, description="examples a step")
@@ -113,12 +124,38 @@ class Finetune(_Spec):
 class GradientSpec(_Spec):
     """How per-example gradients are taken."""
 
+    of: Literal["loss", "outputs"] = Field(
+        "loss", description="of the loss, one an example, or of the model's outputs, one an output"
+    )
+    labels: Literal["true", "predicted", "drawn"] = Field(
+        "true",
+        description="label that the loss is taken at: the example's own, the most probable, or one "
+        "drawn from the model's softmax, for an id always the same; outputs have none",
+    )
+    outputs: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="of: outputs: so many fixed random combinations of the outputs, the same for "
+        "all examples and unbiased for moments and inner products; none: every output",
+    )
     block: int = Field(
-        64, ge=1, description="examples a backward pass; halved when memory runs out"
+        64, ge=1, description="gradients that are formed at a time; halved when memory runs out"
     )
     keep_raw_bytes: int = Field(
         0, ge=0, description="keep an arrival's raw gradients if they take at most this many bytes"
     )
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _not_a_boolean(cls, value: Any) -> Any:
+        return "true" if value is True else value  # as YAML reads an unquoted true
+
+    @model_validator(mode="after")
+    def _outputs_or_loss(self) -> GradientSpec:
+        if self.of == "loss" and self.outputs is not None:
+            raise ValueError("outputs: only with of: outputs")
+        if self.of == "outputs" and self.labels != "true":
+            warnings.warn("gradients.labels: ignored, outputs have no label", stacklevel=2)
+        return self
 
 
 class SketchSpec(_Spec):
@@ -209,9 +246,18 @@ class TargetOnly(_Spec):
 class Skmm(_Spec):
     """Sketchy Moment Matching (arXiv:2407.06120)."""
 
-    c: float = Field(0.999, gt=0, lt=1, description="c_S of the moment condition")
+    solver: Literal["auto", "sequential", "convex"] = Field(
+        "auto", description="one example after the other, or the convex problem; auto: sequential"
+    )
+    dimension: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="m to which sketches are reduced; none: min(4 r, budget / 1.5)"
+    )
+    c: float = Field(0.999, gt=0, lt=1, description="convex: c_S of the moment condition")
     tol: float = Field(
-        1e-4, gt=0, description="duality gap to stop at, relative to a uniform draw's objective"
+        1e-4, gt=0, description="convex: duality gap to stop at, relative to a uniform draw's"
+    )
+    rounding: Literal["sample", "systematic", "pivotal"] = Field(
+        "sample", description="convex: how the weights become a subset"
     )
 
 
@@ -251,6 +297,33 @@ class Gradmatch(_Spec):
     )
 
 
+class KCenter(_Spec):
+    """Greedy k-center: covers the pool, outliers first."""
+
+
+class Herding(_Spec):
+    """Herding: follows the pool's mean."""
+
+    form: Literal["original", "published"] = Field(
+        "original", description="published: as in DeepCore, which takes the farthest"
+    )
+
+
+class Adaptive(_Spec):
+    """Adaptive sampling, or random pivoting: by what is not spanned yet."""
+
+
+class Leverage(_Spec):
+    """Sampling in proportion to leverage scores."""
+
+    ridge: float | None = Field(
+        None,
+        gt=0,
+        description="in units of the Gram's mean eigenvalue; none: truncated at the intrinsic "
+        "dimension",
+    )
+
+
 class Strategies(_Spec):
     """The strategies that are compared; random and full always are."""
 
@@ -261,6 +334,10 @@ class Strategies(_Spec):
     bads: Bads | None = None
     itl: Itl | None = None
     gradmatch: Gradmatch | None = None
+    kcenter: KCenter | None = None
+    herding: Herding | None = None
+    adaptive: Adaptive | None = None
+    leverage: Leverage | None = None
 
     def chosen(self) -> dict[str, _Spec]:
         """The strategies that this task runs, with their settings, in a fixed order."""
@@ -323,6 +400,15 @@ class Task(_Spec):
         if self.model.name == "small_cnn" and (len(sides) != 2 or any(s % 4 for s in sides)):
             raise ValueError(
                 f"pool.schema.shape: small_cnn needs two sides divisible by 4, not {sides}"
+            )
+        if self.finetune.trainable == "lora" and self.model.lora is None:
+            raise ValueError("finetune.trainable: lora needs model.lora")
+        if self.finetune.trainable == "head" and self.model.lora is not None:
+            raise ValueError("model.lora: would not be trained by finetune.trainable: head")
+        classes = len(self.pool.columns.classes)
+        if self.gradients.outputs is not None and self.gradients.outputs >= classes:
+            raise ValueError(
+                f"gradients.outputs: fewer than the {classes} classes; leave it out for every one"
             )
         if self.spectrum.eigenvalues > self.spectrum.iterations:
             raise ValueError("spectrum.eigenvalues: at most spectrum.iterations")

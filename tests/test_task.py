@@ -8,7 +8,15 @@ import pytest
 import yaml
 
 from dsel_assets.resources.store import identity
-from dsel_assets.task import Task, TaskError, load_task, load_tasks, shortened, warn_about_budgets
+from dsel_assets.task import (
+    Skmm,
+    Task,
+    TaskError,
+    load_task,
+    load_tasks,
+    shortened,
+    warn_about_budgets,
+)
 
 EXAMPLE = Path(__file__).parents[1] / "tasks" / "digits.yaml"
 MINIMAL = {
@@ -124,6 +132,17 @@ def test_allowed_keys_are_those_that_a_user_writes(load):
         ("finetune.include_target", "yes"),
         ("finetune.trainable", 3),
         ("finetune.trainable", []),
+        ("gradients.of", "jacobian"),
+        ("gradients.labels", "random"),
+        ("gradients.labels", False),
+        ("gradients", {"of": "loss", "outputs": 3}),
+        ("gradients", {"of": "outputs", "outputs": 0}),
+        ("gradients", {"of": "outputs", "outputs": 2}),  # of two classes
+        ("model.lora", {"rank": 0}),
+        ("model.lora", {"alpha": 0}),
+        ("model.lora", {"modules": []}),
+        ("model.lora", {"dropout": 0.1}),
+        ("finetune.trainable", "lora"),
         ("sketch.dim", 0),
         ("sketch.dim", -1),
         ("sketch.dim", "big"),
@@ -189,7 +208,7 @@ def test_target_only_without_training_on_the_target_is_nothing(load):
 
 def test_a_strategy_with_nothing_behind_it_has_its_defaults(load):
     task = load(changed("strategies", {"skmm": None, "itl": {"form": "library"}}))
-    assert task.settings("skmm") == {"c": 0.999, "tol": 1e-4}
+    assert task.settings("skmm") == Skmm().model_dump()
     assert task.settings("itl") == {"form": "library", "noise": None}
     assert list(task.strategies.chosen()) == ["random", "full", "skmm", "itl"]
 
@@ -258,6 +277,27 @@ def test_shortening_lengthens_nothing(load):
 
 def test_a_short_run_leaves_the_task_alone(load):
     assert shortened(load(MINIMAL)).name == "letters_quick"
+
+
+def test_an_unquoted_true_is_the_true_label(load):
+    """YAML reads it as a boolean."""
+    assert load(changed("gradients.labels", True)).gradients.labels == "true"
+
+
+def test_labels_of_outputs_are_told_to_be_ignored(load):
+    content = changed("gradients", {"of": "outputs", "labels": "drawn"})
+    with pytest.warns(UserWarning, match=r"gradients\.labels: ignored"):
+        load(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(changed("gradients", {"of": "outputs", "outputs": 1}))
+
+
+def test_adapters_that_the_head_would_not_train_are_refused(load):
+    content = changed("model.lora", {}, changed("finetune.trainable", "head"))
+    with pytest.raises(TaskError, match=r"model\.lora"):
+        load(content)
+    assert load(changed("finetune.trainable", "lora", content)).model.lora.rank == 8
 
 
 @pytest.mark.parametrize("shape", [[4], [28, 30], [3, 28, 28]])

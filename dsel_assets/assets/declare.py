@@ -68,7 +68,7 @@ def picture(png: bytes) -> dg.MetadataValue:
     return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
-def table(rows: list[Mapping[str, Any]]) -> dg.MetadataValue:
+def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
     """Rows as a Markdown table; numbers to four digits."""
     text = markdown(list(rows[0]), [list(row.values()) for row in rows]) if rows else "nothing"
     return dg.MetadataValue.md(text)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from dsel_assets.gradients.factors import layer_gradients
+from dsel_assets.gradients.objectives import Objective, cross_entropy
 from dsel_assets.gradients.per_example import out_of_memory
 from dsel_assets.sketching.matrix import MatrixSketch
 from dsel_assets.sketching.operator import accumulation_dtype
@@ -29,21 +29,17 @@ class SketchBlock:
     """Sketched gradients of consecutive examples.
 
     rows     which examples, as a slice of the input
-    sketches [B, D], of the whole gradient: the sum of the trainable tensors' sketches
+    sketches [B, D], of the whole gradient: the sum of the trainable tensors' sketches; [B, k, D]
+             where the objective has k rows an example
     losses   [B], as the loss gave them
-    norms    [B] float32, of the whole gradient before it is sketched; None if they were not asked
-             for, or if a trainable tensor is used twice in a forward pass
+    norms    [B] float32, of the whole gradient before it is sketched, all k rows together; None if
+             they were not asked for, or if a trainable tensor is used twice in a forward pass
     """
 
     rows: slice
     sketches: Tensor
     losses: Tensor
     norms: Tensor | None
-
-
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Of each example, in nats: [B, classes] and [B] to [B]."""
-    return F.cross_entropy(outputs, labels, reduction="none")
 
 
 def sketch_blocks(
@@ -53,6 +49,7 @@ def sketch_blocks(
     sketches: Sequence[MatrixSketch],
     *,
     loss: Loss = cross_entropy,
+    of: Objective | None = None,
     norms: bool = True,
     block: int = 64,
 ) -> Iterator[SketchBlock]:
@@ -64,7 +61,8 @@ def sketch_blocks(
 
     inputs, labels: [N, ...]. sketches: one for each trainable tensor, under its name; its columns
     are the entries of weight[0], 1 for a bias. loss: of the model's outputs and the labels, [B],
-    each term of its example alone. When memory runs out the block is halved, as there.
+    each term of its example alone. of: what is differentiated instead, likewise, by one backward
+    pass a row. When memory runs out the block is halved, as there.
 
     Raises ValueError, naming tensor and module, for a tensor of another module, for a sketch of
     another shape, for a layer whose input does not have the examples as its first dimension, and
@@ -73,13 +71,16 @@ def sketch_blocks(
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     trained = _Trained(model.eval(), sketches)
+    positions = torch.arange(len(inputs), device=inputs.device)
     if block > 1 and len(inputs) > 1:  # a layer that sees B rows by chance is told by another B
-        _sketch(trained, inputs[:1], labels[:1], loss, False)
+        _sketch(trained, inputs[:1], labels[:1], positions[:1], loss, of, False)
     start = 0
     while start < len(inputs):
         rows = slice(start, min(start + block, len(inputs)))
         try:
-            sketched = _sketch(trained, inputs[rows], labels[rows], loss, norms)
+            sketched = _sketch(
+                trained, inputs[rows], labels[rows], positions[rows], loss, of, norms
+            )
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or block == 1:
                 raise
@@ -132,7 +133,7 @@ class _Trained:
 
 
 class _Pass:
-    """What one forward and one backward pass give."""
+    """What a forward pass and one backward pass give."""
 
     def __init__(self, trained: _Trained, examples: int, norms: bool) -> None:
         self.trained, self.examples, self.norms = trained, examples, norms
@@ -142,6 +143,13 @@ class _Pass:
         self.squares = first.new_zeros(examples, dtype=torch.float64)
         self.calls: Counter[str] = Counter()
         self.ends: list[GradientEdge] = []
+
+    def back(self, values: Tensor, keep: bool) -> Tensor:
+        """Sketches of the gradients of `values` [B]; their squared norms are added up."""
+        self.total = torch.zeros_like(self.total)
+        if self.ends and values.requires_grad:
+            torch.autograd.grad(values.sum(), self.ends, retain_graph=keep, allow_unused=True)
+        return self.total
 
     def see(self, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         """Forward hook: keeps the input until the output's gradient comes."""
@@ -170,41 +178,52 @@ class _Pass:
 
 
 def _sketch(
-    trained: _Trained, inputs: Tensor, labels: Tensor, loss: Loss, norms: bool
+    trained: _Trained,
+    inputs: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    loss: Loss,
+    of: Objective | None,
+    norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sketches, losses and norms of one block."""
     run = _Pass(trained, len(inputs), norms)
     with torch.inference_mode(False), torch.enable_grad():
-        losses = _losses(run, inputs, labels, loss)
-        _check_uses(losses, run)
-        if run.ends and losses.requires_grad:
-            torch.autograd.grad(losses.sum(), run.ends, allow_unused=True)
+        outputs = _outputs(run, inputs)
+        losses = loss(outputs, labels)
+        if losses.shape != (len(inputs),):
+            raise ValueError(
+                f"the loss must give a number an example, [{len(inputs)}], "
+                f"got shape {tuple(losses.shape)}"
+            )
+        values = losses if of is None else of(outputs, positions)
+        _check_uses(values, run)
+        if values.ndim == 1:
+            sketches = run.back(values, False)
+        else:
+            *others, last = values.unbind(1)
+            rows = [run.back(row, True) for row in others] + [run.back(last, False)]
+            sketches = torch.stack(rows, 1)
     once = all(calls == 1 for calls in run.calls.values())
-    return run.total, losses.detach(), run.squares.sqrt().float() if norms and once else None
+    return sketches, losses.detach(), run.squares.sqrt().float() if norms and once else None
 
 
-def _losses(run: _Pass, inputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+def _outputs(run: _Pass, inputs: Tensor) -> Tensor:
     """One forward pass."""
     trained = run.trained
     hooks = [layer.register_forward_hook(run.see, with_kwargs=True) for layer in trained.layers]
     try:
         weights = trained.weights | trained.frozen
-        losses = loss(functional_call(trained.model, weights, (inputs.detach(),)), labels)
+        return functional_call(trained.model, weights, (inputs.detach(),))
     finally:
         for hook in hooks:
             hook.remove()
-    if losses.shape != (len(inputs),):
-        raise ValueError(
-            f"the loss must give a number an example, [{len(inputs)}], "
-            f"got shape {tuple(losses.shape)}"
-        )
-    return losses
 
 
-def _check_uses(losses: Tensor, run: _Pass) -> None:
+def _check_uses(values: Tensor, run: _Pass) -> None:
     """Every edge of the graph that ends at a trained tensor belongs to a call that was seen."""
     uses: Counter[Tensor] = Counter()
-    nodes = [losses.grad_fn] if losses.grad_fn else []
+    nodes = [values.grad_fn] if values.grad_fn else []
     seen = set(nodes)
     while nodes:
         for node, _ in nodes.pop().next_functions:

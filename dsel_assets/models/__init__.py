@@ -7,12 +7,15 @@ from dsel_assets.models.checkpoint import (
     save_weights,
     trainable_names,
 )
+from dsel_assets.models.lora import LoRA, add_lora
 from dsel_assets.models.pretraining import pretrain
 from dsel_assets.models.vision import ARCHITECTURES
 
 __all__ = [
     "ARCHITECTURES",
     "Builder",
+    "LoRA",
+    "add_lora",
     "builder",
     "load_weights",
     "pretrain",

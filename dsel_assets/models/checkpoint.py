@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
+from dsel_assets.models.lora import add_lora, lora_names
 from dsel_assets.models.vision import ARCHITECTURES
 
 Builder = Callable[[], nn.Module]
 
 
-def builder(name: str, shape: Sequence[int], classes: int, weights: dict[str, Tensor]) -> Builder:
-    """A function that gives a fresh copy of the model with these weights, in eval mode."""
+def builder(
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    weights: dict[str, Tensor],
+    lora: Mapping[str, Any] | None = None,
+) -> Builder:
+    """A function that gives a fresh copy of the model with these weights, in eval mode.
+
+    lora: settings of `add_lora`, whose adapters start beside the weights.
+    """
 
     def build() -> nn.Module:
         model = ARCHITECTURES[name](tuple(shape), classes)
         model.load_state_dict(weights)
+        if lora is not None:
+            add_lora(model, **lora)
         return model.eval()
 
     return build
@@ -28,8 +41,9 @@ def builder(name: str, shape: Sequence[int], classes: int, weights: dict[str, Te
 def trainable_names(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     """Names of the parameters that are trained, in the model's order.
 
-    `all`; `head`, the last module that has parameters; or patterns (fnmatch) of names. A pattern
-    that fits nothing raises ValueError: a misspelt layer must not quietly shrink the gradient.
+    `all`; `head`, the last module that has parameters; `lora`, the adapters; or patterns (fnmatch)
+    of names. A pattern that fits nothing raises ValueError, as does `lora` without adapters: a
+    misspelt layer must not quietly shrink the gradient.
     """
     names = [name for name, _ in model.named_parameters()]
     if trainable == "all":
@@ -37,6 +51,10 @@ def trainable_names(model: nn.Module, trainable: str | Sequence[str]) -> list[st
     if trainable == "head":
         head = names[-1].rpartition(".")[0]
         return [name for name in names if name.rpartition(".")[0] == head]
+    if trainable == "lora":
+        if adapters := lora_names(model):
+            return adapters
+        raise ValueError("finetune.trainable: lora: the model has no adapters; give model.lora")
     patterns = [trainable] if isinstance(trainable, str) else trainable
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):

@@ -9,6 +9,7 @@ from dsel_assets.models import Builder
 from dsel_assets.selection.attribution import attribution
 from dsel_assets.selection.bads import Bads, infer_weights
 from dsel_assets.selection.baselines import Full, Random, TargetOnly
+from dsel_assets.selection.geometry import Adaptive, Herding, KCenter, Leverage
 from dsel_assets.selection.gradmatch import Gradmatch
 from dsel_assets.selection.interface import (
     NONE,
@@ -24,7 +25,20 @@ from dsel_assets.selection.itl import Itl, select_informative
 from dsel_assets.selection.skmm import Skmm, match_moments, select_matching
 
 STRATEGIES: dict[str, type[Selector]] = {
-    selector.name: selector for selector in (Random, Full, TargetOnly, Skmm, Bads, Itl, Gradmatch)
+    selector.name: selector
+    for selector in (
+        Random,
+        Full,
+        TargetOnly,
+        Skmm,
+        Bads,
+        Itl,
+        Gradmatch,
+        KCenter,
+        Herding,
+        Adaptive,
+        Leverage,
+    )
 }
 
 

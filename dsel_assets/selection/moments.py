@@ -85,15 +85,28 @@ def reduce_sketches(sketches: ArrayLike, n: int, dimension: int | None = None) -
     return reduced.reshape(shape)
 
 
-def moment_diagnostics(
-    sketches: ArrayLike, indices: ArrayLike, *, moment: Array | None = None
-) -> dict[str, float]:
-    """How well the moment of the chosen rows covers that of all rows.
+def moment_diagnostics(sketches: ArrayLike, indices: ArrayLike) -> dict[str, float]:
+    """How well the moment of the chosen rows covers that of all rows: see `compare_moments`.
 
     Args:
         sketches: [N, m] or [N, k, m] of the pool.
         indices: [n] of the chosen examples.
-        moment: [m, m] of the pool, where it is known already.
+
+    Raises:
+        ValueError: no indices, or sketches that are not finite or all zero.
+    """
+    blocks = as_blocks(sketches, "sketches")
+    chosen = blocks[np.asarray(indices, np.int64)]
+    return compare_moments(chosen, second_moment(blocks), len(blocks))
+
+
+def compare_moments(chosen: Array, moment: Array, examples: int) -> dict[str, float]:
+    """How well the moment of a subset covers that of its pool.
+
+    Args:
+        chosen: [n, k, m] sketches of the subset.
+        moment: [m, m] Sigma of the pool.
+        examples: N, how many the pool has.
 
     Returns:
         n: how many were chosen.
@@ -109,26 +122,24 @@ def moment_diagnostics(
             gamma_S the eigenvalue of Sigma_S of number ceil(1.1 r_bar).
 
     Raises:
-        ValueError: no indices, or sketches that are not finite or all zero.
+        ValueError: nothing chosen, or a moment of zero.
     """
-    blocks = as_blocks(sketches, "sketches")
-    examples, rows = len(blocks), blocks[np.asarray(indices, np.int64)].astype(np.float64)
-    n, m = len(rows), blocks.shape[-1]
+    n, m = len(chosen), chosen.shape[-1]
     if n == 0:
         raise ValueError("no indices: an empty subset has no moment")
-    sigma = second_moment(blocks) if moment is None else moment
-    spectrum = np.linalg.eigvalsh(sigma)
+    spectrum = np.linalg.eigvalsh(moment)
     if not spectrum[-1] > 0:
         raise ValueError("the sketches are all zero: they have no moment")
     absent = RANK_TOLERANCE * spectrum[-1]
-    _, singular, Q = np.linalg.svd(rows.reshape(-1, m) / np.sqrt(n), full_matrices=False)
+    rows = chosen.reshape(-1, m).astype(np.float64) / np.sqrt(n)
+    _, singular, Q = np.linalg.svd(rows, full_matrices=False)
     own = singular**2
     spanned = own > absent
     Q = Q[spanned]
-    seen = Q @ sigma @ Q.T
+    seen = Q @ moment @ Q.T
     scores = np.linalg.eigvalsh(seen / np.outer(singular[spanned], singular[spanned]))
     largest = float(scores[-1]) if len(scores) else 0.0
-    trace, own_trace = float(np.trace(sigma)), float(own.sum())
+    trace, own_trace = float(np.trace(moment)), float(own.sum())
     rank, pool_rank = int(spanned.sum()), int((spectrum > absent).sum())
     last = ceil(1.1 * intrinsic_dimension(spectrum, examples))
     gamma = float(own[last - 1]) if 0 < last <= rank else 0.0

@@ -1,10 +1,10 @@
-"""One backward pass an example: its loss, its gradient's norm, and the gradient's sketch."""
+"""One pass over the examples: each one's loss, its gradient's norm, and the gradient's sketch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -22,12 +22,27 @@ from dsel_assets.data import (
     Examples,
     quarantine_table,
 )
-from dsel_assets.gradients import GradientBlock, SketchBlock, gradient_blocks, sketch_blocks
+from dsel_assets.gradients import (
+    GradientBlock,
+    Objective,
+    SketchBlock,
+    gradient_blocks,
+    loss_at_drawn,
+    loss_at_predicted,
+    output_directions,
+    outputs_along,
+    sketch_blocks,
+)
 from dsel_assets.resources.rows import RowWriter, read_rows
 from dsel_assets.resources.store import Draft, Entry, write_json
 from dsel_assets.sketching import ModelSketch
 from dsel_assets.sketching.quality import gram, gram_error
-from dsel_assets.steps.model import base_builder, gradient_space, trainable_shapes
+from dsel_assets.steps.model import (
+    base_builder,
+    gradient_rows,
+    gradient_space,
+    trainable_shapes,
+)
 from dsel_assets.steps.pool import load_examples, with_constants
 from dsel_assets.steps.spectrum import (
     PROBE,
@@ -133,12 +148,16 @@ def _fields(ws: Workspace, examples: Entry) -> tuple[dict[str, Any], dict[str, A
 
 
 def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
-    """The examples that have a sketch, with it. Refuses sketches of another space or other rows."""
+    """The examples that have a sketch, with it: [N, D], or [N, k, D] where outputs are sketched.
+
+    Refuses sketches of another space or other rows.
+    """
+    space = sketched.manifest["fields"]["space"]
     for field, expected in sketch_space(ws).items():
-        if sketched.manifest["fields"]["space"][field] != expected:
+        if space.get(field) != expected:
             raise ValueError(
                 f"{sketched.path}: these sketches have another {field}: "
-                f"{sketched.manifest['fields']['space'][field]!r}, the task asks for {expected!r}"
+                f"{space.get(field)!r}, the task asks for {expected!r}"
             )
     if sketched.manifest["fields"]["examples"] != examples.identity:
         raise ValueError(
@@ -148,7 +167,9 @@ def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
     ids = pq.read_table(sketched.file("ids.parquet"))["example_id"].to_pylist()
     place = {example_id: row for row, example_id in enumerate(known.ids)}
     found = known.take(np.array([place[example_id] for example_id in ids], dtype=np.int64))
-    return Examples(**(vars(found) | {"sketches": read_rows(sketched.file(SKETCHES))}))
+    rows, k = read_rows(sketched.file(SKETCHES)), gradient_rows(ws)
+    sketches = rows if k is None else rows.reshape(len(rows), k, sketch_dimension(ws))
+    return Examples(**(vars(found) | {"sketches": sketches}))
 
 
 def _stream(
@@ -159,19 +180,20 @@ def _stream(
     rows: Draft | None,
     draft: Draft | None,
 ) -> None:
-    shapes = trainable_shapes(ws)
+    shapes, k = trainable_shapes(ws), gradient_rows(ws) or 1
     width = sum(math.prod(shape) for shape in shapes.values())
-    keep = rows is not None and 4 * width * len(known) <= ws.task.gradients.keep_raw_bytes
+    keep = rows is not None and 4 * k * width * len(known) <= ws.task.gradients.keep_raw_bytes
     losses, norms = np.zeros(len(known), np.float32), np.zeros(len(known), np.float32)
     with ExitStack() as stack:
         raw = sketches = operator = None
         probe = _Probe(ws, known)
         if rows is not None and keep:
-            raw = stack.enter_context(RowWriter(rows.path / RAW, width))
+            raw = stack.enter_context(RowWriter(rows.path / RAW, k * width))
         if draft is not None:
             spec = ws.task.sketch
             operator = ModelSketch(shapes, spec.kind, sketch_dimension(ws), spec.seed)
-            sketches = stack.enter_context(RowWriter(draft.path / SKETCHES, sketch_dimension(ws)))
+            wide = k * operator.out_features
+            sketches = stack.enter_context(RowWriter(draft.path / SKETCHES, wide))
         bar = stack.enter_context(tqdm(total=len(known), desc="gradients", unit="ex", leave=False))
         blocks: Iterator[GradientBlock | SketchBlock]
         if kept_rows is None and raw is None and operator and operator.of_matrices():
@@ -183,15 +205,15 @@ def _stream(
             losses[block.rows], norms[block.rows] = block.losses, block.norms
             good = _usable(block.losses, block.norms)
             if raw is not None and isinstance(block, GradientBlock):
-                raw.append(
-                    torch.cat([g[good].flatten(1) for g in block.gradients.values()], 1).numpy()
-                )
+                flat = [g.reshape(len(good), k, -1) for g in block.gradients.values()]
+                raw.append(torch.cat(flat, 2)[good].flatten(1).numpy())
             if sketches is not None and operator is not None:
-                whole = (
-                    block.sketches if isinstance(block, SketchBlock) else operator(block.gradients)
-                )
-                sketched = whole[good]
-                sketches.append(sketched.numpy())
+                if isinstance(block, SketchBlock):
+                    whole = block.sketches
+                else:
+                    whole = operator(_rows(block.gradients, shapes))
+                sketched = whole.reshape(len(good), k, -1)[good]
+                sketches.append(sketched.flatten(1).numpy())
                 probe.add(block, good, sketched)
             bar.update(len(block.losses))
     usable = _usable(torch.from_numpy(losses), torch.from_numpy(norms)).numpy()
@@ -209,32 +231,45 @@ def _stream(
 
 
 class _Probe:
-    """The first good examples' exact gradients, at most PROBE, held against their sketches."""
+    """The first good examples' exact gradients, at most PROBE, held against their sketches.
+
+    Of examples with several rows the first few, so that at least two examples are in it.
+    """
 
     def __init__(self, ws: Workspace, known: Examples) -> None:
-        self.ws, self.known = ws, known
+        self.ws, self.known, self.shapes = ws, known, trainable_shapes(ws)
         self.exact: list[dict[str, Tensor]] = []
         self.sketched: list[Tensor] = []
-        self.room = PROBE
+        self.rows = min(gradient_rows(ws) or 1, PROBE // 2)
+        self.room = PROBE // self.rows
 
     def add(self, block: GradientBlock | SketchBlock, good: Tensor, sketched: Tensor) -> None:
-        """Take what still has room; gradients that were never formed are formed for it."""
+        """Take what still has room; gradients that were never formed are formed for it.
+
+        sketched: [examples, k, D] of the good ones.
+        """
         if not self.room:
             return
         few = good & (good.cumsum(0) <= self.room)
         if isinstance(block, GradientBlock):
-            self.exact.append({name: g[few] for name, g in block.gradients.items()})
+            self._take({name: g[few] for name, g in block.gradients.items()})
         else:
             rows = np.arange(len(self.known))[block.rows][few.numpy()]
-            self.exact += [formed.gradients for formed in _pass(self.ws, self.known.take(rows))]
-        self.sketched.append(sketched[: self.room])
+            for formed in _pass(self.ws, self.known.take(rows), self.rows):
+                self._take(formed.gradients)
+        self.sketched.append(sketched[: self.room, : self.rows].flatten(0, 1))
         self.room -= int(few.sum())
 
+    def _take(self, gradients: dict[str, Tensor]) -> None:
+        if gradient_rows(self.ws):
+            gradients = {name: g[:, : self.rows] for name, g in gradients.items()}
+        self.exact.append(_rows(gradients, self.shapes))
+
     def quality(self) -> dict[str, float] | None:
-        """See `gram_error`; None with fewer than two examples."""
-        if PROBE - self.room < 2:
+        """See `gram_error`; None with fewer than two rows."""
+        rows = torch.cat(self.sketched) if self.sketched else torch.empty(0)
+        if len(rows) < 2:
             return None
-        rows = torch.cat(self.sketched)
         exact = {name: torch.cat([part[name] for part in self.exact]) for name in self.exact[0]}
         allowed = allowed_variance(self.ws.task.sketch.kind)
         return gram_error(gram(exact), gram(rows), rows.shape[1], allowed)
@@ -279,15 +314,38 @@ def _usable(losses: Tensor, norms: Tensor) -> Tensor:
     return losses.isfinite() & norms.isfinite() & (norms > 0)
 
 
-def _pass(ws: Workspace, known: Examples) -> Iterator[GradientBlock]:
+def _objective(ws: Workspace, known: Examples, rows: int | None = None) -> Objective | None:
+    """What of the outputs is differentiated: at most `rows` an example; None: the loss."""
+    spec = ws.task.gradients
+    if spec.of == "outputs":
+        directions = output_directions(len(ws.task.pool.columns.classes), spec.outputs)
+        return outputs_along(directions[:rows])
+    if spec.labels == "drawn":
+        return loss_at_drawn(known.ids.tolist())
+    return loss_at_predicted if spec.labels == "predicted" else None
+
+
+def _rows(
+    gradients: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Gradients [B, *shape] or [B, k, *shape] as one row each, [B, *shape] or [B k, *shape]."""
+    return {name: g.reshape(-1, *shapes[name]) for name, g in gradients.items()}
+
+
+def _pass(ws: Workspace, known: Examples, rows: int | None = None) -> Iterator[GradientBlock]:
     assert known.inputs is not None
     return gradient_blocks(
         base_builder(ws)(),
         torch.from_numpy(known.inputs),
         torch.from_numpy(known.labels),
         list(trainable_shapes(ws)),
-        block=ws.task.gradients.block,
+        of=_objective(ws, known, rows),
+        block=_examples_at_a_time(ws),
     )
+
+
+def _examples_at_a_time(ws: Workspace) -> int:
+    return max(1, ws.task.gradients.block // (gradient_rows(ws) or 1))
 
 
 def _sketch_pass(ws: Workspace, known: Examples, operator: ModelSketch) -> Iterator[SketchBlock]:
@@ -298,6 +356,7 @@ def _sketch_pass(ws: Workspace, known: Examples, operator: ModelSketch) -> Itera
         torch.from_numpy(known.inputs),
         torch.from_numpy(known.labels),
         operator.of_matrices(),
+        of=_objective(ws, known),
         block=ws.task.gradients.block,
     ):
         if block.norms is None:
@@ -310,15 +369,17 @@ def _sketch_pass(ws: Workspace, known: Examples, operator: ModelSketch) -> Itera
 
 def _raw_blocks(ws: Workspace, gradients: Entry) -> Iterator[GradientBlock]:
     """The kept rows as the pass gave them; only usable ones were kept."""
-    shapes = trainable_shapes(ws)
+    shapes, k = trainable_shapes(ws), gradient_rows(ws)
     raw = torch.from_numpy(read_rows(gradients.file(RAW)))
     table = pq.read_table(gradients.file("rows.parquet"))
     losses, norms = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("loss", "norm"))
-    for start in range(0, len(raw), ws.task.gradients.block):
-        rows = slice(start, min(start + ws.task.gradients.block, len(raw)))
-        parts = raw[rows].split([math.prod(shape) for shape in shapes.values()], dim=1)
+    block = _examples_at_a_time(ws)
+    for start in range(0, len(raw), block):
+        rows = slice(start, min(start + block, len(raw)))
+        whole = raw[rows] if k is None else raw[rows].unflatten(1, (k, -1))
+        parts = whole.split([math.prod(shape) for shape in shapes.values()], dim=-1)
         named = {
-            name: part.reshape(-1, *shape)
+            name: part.reshape(*part.shape[:-1], *shape)
             for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
         yield GradientBlock(rows, named, losses[rows], norms[rows])

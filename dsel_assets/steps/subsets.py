@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dsel_assets.resources.store import Entry
-from dsel_assets.selection import Budget, Selection, make_selector
+from dsel_assets.selection import STRATEGIES, Budget, Selection, make_selector
 from dsel_assets.steps.cells import Cell, cells
 from dsel_assets.steps.generation import Generation, load_pool, load_target
 from dsel_assets.steps.model import base_builder, trainable_shapes
@@ -74,3 +75,45 @@ def chosen_ids(entry: Entry) -> list[str]:
     return pq.read_table(entry.file("rows.parquet"), columns=["example_id"])[
         "example_id"
     ].to_pylist()
+
+
+CHANCE = 3.0  # standard deviations by which chance alone hardly departs
+
+
+def beyond_chance(ws: Workspace, generation: Generation) -> list[dict[str, Any]]:
+    """Of each strategy and budget, whether anything but chance seems to have chosen.
+
+    What two seeds both choose is compared with what two uniform draws would (hypergeometric), and
+    where a strategy reports how many uniform draws do as well as its subsets, that counts too.
+    `chosen` is False where neither tells it from a uniform draw. Strategies without a seed, and
+    budgets of which a strategy takes the whole pool, are left out.
+    """
+    groups: dict[tuple[str, int], list[Entry]] = {}
+    for cell in cells(ws, generation):
+        selector = STRATEGIES[cell.strategy]
+        if cell.strategy != "random" and not (selector.whole or selector.deterministic):
+            entry = ws.store.get(ws.task.name, "subsets", cell.selection)
+            groups.setdefault((cell.strategy, cell.budget), []).append(entry)
+    rows, found = len(load_pool(ws, generation)[0]), []
+    for (strategy, budget), entries in groups.items():
+        sets = [set(chosen_ids(entry)) for entry in entries]
+        n = len(sets[0])
+        if n in (0, rows):
+            continue
+        pairs = list(combinations(sets, 2))
+        shared = float(np.mean([len(a & b) for a, b in pairs]))
+        chance = n * n / rows
+        sd = np.sqrt(chance * (1 - n / rows) ** 2 * rows / (rows - 1) / len(pairs))
+        as_good = [e.summary["uniform_as_good"] for e in entries if "uniform_as_good" in e.summary]
+        better = bool(as_good) and float(np.mean(as_good)) < 0.5
+        found.append(
+            {
+                "strategy": strategy,
+                "budget": budget,
+                "shared_by_two_seeds": shared,
+                "by_chance": chance,
+                "uniform_as_good": float(np.mean(as_good)) if as_good else None,
+                "chosen": bool(abs(shared - chance) > CHANCE * sd or better),
+            }
+        )
+    return found

@@ -5,28 +5,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dsel_assets.gradients import factored, factors, gradient_blocks
+from dsel_assets.gradients import (
+    factored,
+    factors,
+    gradient_blocks,
+    loss_at_drawn,
+    loss_at_predicted,
+    output_directions,
+    outputs_along,
+)
 from dsel_assets.gradients.factored import sketch_blocks
-from dsel_assets.models import ARCHITECTURES
+from dsel_assets.models import ARCHITECTURES, LoRA, add_lora, trainable_names
 from dsel_assets.sketching.logra import LoGra
 from dsel_assets.sketching.tensorsketch import TensorSketch
 
 torch.manual_seed(0)
 IMAGES, LABELS = torch.rand(11, 8, 8), torch.randint(5, (11,))
 TOKENS = torch.randint(20, (11, 9))
-
-
-class LoRA(nn.Module):
-    """A frozen linear layer and a trained product of two narrow ones."""
-
-    def __init__(self, features, rank):
-        super().__init__()
-        self.base = nn.Linear(features, features)
-        self.down = nn.Linear(features, rank, bias=False)
-        self.up = nn.Linear(rank, features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
 
 
 class Text(nn.Module):
@@ -36,7 +31,8 @@ class Text(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(20, 12, padding_idx=3)
         self.norm = nn.LayerNorm(12) if norm else nn.Identity()
-        self.lora = LoRA(12, 2)
+        self.lora = LoRA(nn.Linear(12, 12), 2, 4.0)
+        nn.init.normal_(self.lora.up.weight)
         self.head = nn.Linear(12, 5)
 
     def forward(self, indices):
@@ -118,10 +114,12 @@ def whole(model, inputs, sketches, labels=LABELS, **given):
     )
 
 
-def reference(model, inputs, sketches):
+def reference(model, inputs, sketches, of=None):
     """The same from gradients that exist."""
-    blocks = list(gradient_blocks(model, inputs, LABELS, [sketch.name for sketch in sketches]))
-    formed = [sum(s(b.gradients[s.name].flatten(1)) for s in sketches) for b in blocks]
+    names = [sketch.name for sketch in sketches]
+    blocks = list(gradient_blocks(model, inputs, LABELS, names, of=of))
+    dims = {name: model.get_parameter(name).ndim for name in names}
+    formed = [sum(s(b.gradients[s.name].flatten(-dims[s.name])) for s in sketches) for b in blocks]
     return (
         torch.cat(formed),
         torch.cat([b.losses for b in blocks]),
@@ -149,6 +147,44 @@ def test_it_is_the_sketch_of_the_per_example_gradients(case, kind, D):
         assert norms is None
     else:
         torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0)
+
+
+CLASSES = {"shared": 20}
+OBJECTIVES = {
+    "outputs": lambda classes: outputs_along(output_directions(classes)),
+    "combined": lambda classes: outputs_along(output_directions(classes, 1)),
+    "predicted": lambda _: loss_at_predicted,
+    "drawn": lambda _: loss_at_drawn([str(i) for i in range(11)]),
+}
+
+
+@every_case
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_other_objectives_are_sketched_as_their_gradients_are(case, objective):
+    model, inputs, names = built(case)
+    sketches = sketches_of(model, names)
+    of = OBJECTIVES[objective](CLASSES.get(case, 5))
+    found, losses, norms, _ = whole(model, inputs, sketches, of=of, block=4)
+    expected, expected_losses, expected_norms = reference(model, inputs, sketches, of)
+    close(found, expected, 1e-4)
+    torch.testing.assert_close(losses, expected_losses)
+    if norms is not None:
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", [TensorSketch, LoGra])
+@pytest.mark.parametrize("objective", [None, *OBJECTIVES])
+def test_adapters_at_their_start(kind, objective):
+    """down has no gradient then, and up has one of rank one."""
+    model, inputs, _ = built("small_cnn")
+    add_lora(model, rank=3)
+    sketches = sketches_of(model, trainable_names(model, "lora"), kind=kind)
+    of = OBJECTIVES[objective](5) if objective else None
+    found, _, norms, _ = whole(model, inputs, sketches, of=of)
+    expected, _, expected_norms = reference(model, inputs, sketches, of)
+    assert found.any()
+    close(found, expected)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0)
 
 
 @every_case

@@ -14,7 +14,8 @@ from dsel_assets.models import load_weights, save_weights
 from dsel_assets.resources.rows import read_rows
 from dsel_assets.steps import sketches as step
 from dsel_assets.steps.arrivals import landed, register
-from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.generation import current_generation, load_pool, load_target
+from dsel_assets.steps.model import base_digest
 from dsel_assets.steps.pool import ingest
 from dsel_assets.steps.sketches import RAW, SKETCHES, load_sketched, sketch, sketch_dimension
 
@@ -37,9 +38,9 @@ def test_only_the_new_arrival_is_differentiated(done: Any, monkeypatch: Any) -> 
     passes = []
     one_pass = step._pass
 
-    def counted(ws: Any, known: Any) -> Any:
+    def counted(ws: Any, known: Any, *rest: Any) -> Any:
         passes.append(len(known))
-        return one_pass(ws, known)
+        return one_pass(ws, known, *rest)
 
     monkeypatch.setattr(step, "_pass", counted)
     ws = done.workspace()
@@ -61,6 +62,10 @@ def test_only_the_new_arrival_is_differentiated(done: Any, monkeypatch: Any) -> 
         ({"sketch": {"dim": 32}}, "sketch"),
         ({"sketch": {"kind": "gaussian"}}, "sketch"),
         ({"finetune": {"trainable": "head"}}, "trainable"),
+        ({"gradients": {"labels": "predicted"}}, "labels"),
+        ({"gradients": {"labels": "drawn"}}, "labels"),
+        ({"gradients": {"of": "outputs"}}, "of"),
+        ({"model": {"lora": {}}}, "base"),
     ],
 )
 def test_sketches_of_another_space_are_refused_by_name(
@@ -232,9 +237,9 @@ def test_sketches_of_factors_are_those_of_the_gradients_which_are_never_formed(
     formed = []
     one_pass = step._pass
 
-    def counted(ws: Any, known: Any) -> Any:
+    def counted(ws: Any, known: Any, *rest: Any) -> Any:
         formed.append(len(known))
-        return one_pass(ws, known)
+        return one_pass(ws, known, *rest)
 
     monkeypatch.setattr(step, "_pass", counted)
     monkeypatch.setattr(step, "PROBE", 8)
@@ -273,3 +278,163 @@ def test_a_sketch_of_a_fourth_of_the_dimension_breaks_the_promise(
     )
     monkeypatch.setitem(made.summary, "quality", quality)
     assert "more than 2 times" in str(step.broken_promise(ws, made))
+
+
+# What is differentiated
+
+
+EVERY = {"gradients": {"of": "outputs"}}
+THREE = {"gradients": {"of": "outputs", "outputs": 3}}
+LORA = {"model": {"lora": {"rank": 2}}, "finetune": {"trainable": "lora"}}
+WAYS = [
+    pytest.param(changes, rows, id=name)
+    for name, changes, rows in (
+        ("every_output", EVERY, (10,)),
+        ("three_combinations", THREE, (3,)),
+        ("one_combination", {"gradients": {"of": "outputs", "outputs": 1}}, (1,)),
+        ("predicted", {"gradients": {"labels": "predicted"}}, ()),
+        ("drawn", {"gradients": {"labels": "drawn"}}, ()),
+        ("lora", LORA, ()),
+        ("lora_outputs", LORA | EVERY, (10,)),
+    )
+]
+ways = pytest.mark.parametrize(("changes", "rows"), WAYS)
+
+
+def gradients(changes: dict[str, Any], **given: int) -> dict[str, Any]:
+    return changes | {"gradients": changes.get("gradients", {}) | given}
+
+
+def forget(lab: Any) -> None:
+    for name in ("sketches", "gradients"):
+        shutil.rmtree(lab.home / "store" / "tiny" / name)
+
+
+@ways
+def test_the_pool_and_the_target_come_with_such_sketches(
+    lab: Any, changes: dict[str, Any], rows: tuple[int, ...]
+) -> None:
+    ws = lab.workspace(**changes)
+    for key in ("a", "b"):
+        assert sketched(ws, key).sketches.summary["quality"]["within"] > 0.95
+    pool, target = load_pool(ws, current_generation(ws))[0], load_target(ws)
+    assert pool.sketches.shape == (120, *rows, 64) and target.sketches.shape == (20, *rows, 64)
+    assert all(np.isfinite(part.sketches).all() for part in (pool, target))
+    assert np.abs(pool.sketches).sum(-1).all()  # no row is zero
+    taken = pool.take([3, 0])
+    np.testing.assert_array_equal(taken.sketches, pool.sketches[[3, 0]])
+
+
+@ways
+def test_losses_are_those_at_the_true_labels_and_norms_those_of_what_is_sketched(
+    lab: Any, changes: dict[str, Any], rows: tuple[int, ...]
+) -> None:
+    def table(ws: Any) -> Any:
+        return pq.read_table(sketched(ws).gradients.file("rows.parquet"))
+
+    ws = lab.workspace(**gradients(changes, keep_raw_bytes=10**9))
+    found = table(ws)
+    norms = np.linalg.norm(read_rows(sketched(ws).gradients.file(RAW)), axis=1)
+    np.testing.assert_allclose(found["norm"].to_numpy(), norms, rtol=1e-5)
+    forget(lab)
+    np.testing.assert_allclose(
+        found["loss"].to_numpy(), table(lab.workspace())["loss"].to_numpy(), rtol=1e-5
+    )
+
+
+@ways
+def test_kept_raw_rows_give_the_same_sketches_and_so_does_any_block(
+    lab: Any, monkeypatch: Any, changes: dict[str, Any], rows: tuple[int, ...]
+) -> None:
+    raw = lab.workspace(**gradients(changes, keep_raw_bytes=10**9, block=7))
+    first = sketched(raw)
+    before = read_rows(first.sketches.file(SKETCHES)).copy()
+    shutil.rmtree(first.sketches.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "_pass", None)
+        again = sketched(raw)
+    assert again.source == "kept raw rows"
+    np.testing.assert_allclose(read_rows(again.sketches.file(SKETCHES)), before, atol=1e-6)
+    assert again.sketches.summary["quality"] == pytest.approx(
+        first.sketches.summary["quality"], rel=1e-3
+    )
+    forget(lab)
+    whole = sketched(lab.workspace(**gradients(changes, block=64)))
+    assert whole.sketches.identity == first.sketches.identity
+    np.testing.assert_allclose(read_rows(whole.sketches.file(SKETCHES)), before, atol=1e-5)
+
+
+@ways
+@pytest.mark.parametrize("kind", ["tensorsketch", "logra"])
+def test_factors_give_the_same_sketches(
+    lab: Any, changes: dict[str, Any], rows: tuple[int, ...], kind: str
+) -> None:
+    changes = changes | {"sketch": {"kind": kind}}
+    by_factors = sketched(lab.workspace(**changes))
+    found = read_rows(by_factors.sketches.file(SKETCHES)).copy()
+    forget(lab)
+    formed = sketched(lab.workspace(**gradients(changes, keep_raw_bytes=10**9)))
+    expected = read_rows(formed.sketches.file(SKETCHES))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert by_factors.sketches.summary["quality"] == pytest.approx(
+        formed.sketches.summary["quality"], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("changes", [EVERY, THREE])
+def test_a_row_of_outputs_that_is_not_finite_is_quarantined_and_a_sure_one_is_not(
+    lab: Any, changes: dict[str, Any]
+) -> None:
+    """A model that is certain has outputs whose gradients are as large as any."""
+    certain_of_zero(lab)
+    rows = lab.rows(220, 250)
+    rows[4]["image"] = [[3e38 * (-1) ** (i + j) for i in range(8)] for j in range(8)]
+    assert any(row["label"] == 0 for row in rows)
+    lab.land("c.jsonl", rows)
+    ws = lab.workspace(**changes)
+    made = sketched(ws, "c")
+    refused = pq.read_table(made.gradients.file("quarantine.parquet")).to_pylist()
+    assert [line["reason"] for line in refused] == ["non-finite gradient"]
+    examples = load_sketched(ws, made.sketches, ingest(ws, "c"))
+    assert len(examples) == len(examples.sketches) == 29 and np.isfinite(examples.sketches).all()
+
+
+def test_a_model_that_is_certain_has_no_gradient_at_what_it_predicts(lab: Any) -> None:
+    certain_of_zero(lab)
+    ws = lab.workspace(gradients={"labels": "predicted"})
+    made = sketched(ws)
+    assert made.sketches.manifest["rows"] == 0
+    assert made.gradients.summary["quarantined"] == 60
+    assert load_sketched(ws, made.sketches, ingest(ws, "a")).sketches.shape == (0, 64)
+
+
+def test_the_promise_is_measured_on_few_rows_of_at_least_two_examples(
+    lab: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(step, "PROBE", 8)
+    weights = load_weights(lab.folder / "base.safetensors")
+    weights["3.weight"] *= torch.arange(1, 11)[:, None]  # so that outputs are told apart
+    save_weights(weights, lab.folder / "base.safetensors")
+    measured = []
+
+    def seen(exact: Any, found: Any, *rest: Any) -> Any:
+        measured.append((exact, found))
+        return gram_error(exact, found, *rest)
+
+    gram_error = step.gram_error
+    monkeypatch.setattr(step, "gram_error", seen)
+    for kind in ("affd", "tensorsketch"):
+        sketched(lab.workspace(**(EVERY | {"sketch": {"kind": kind, "dim": 4096}})))
+    for exact, found in measured:
+        assert exact.shape == found.shape == (8, 8)  # four of the ten outputs, of two examples
+        scale = exact.diagonal().outer(exact.diagonal()).sqrt()
+        assert ((exact - found).abs() < 0.15 * scale).all()
+    torch.testing.assert_close(measured[0][0], measured[1][0])
+
+
+def test_another_start_gives_other_checkpoints(lab: Any) -> None:
+    """The adapters are part of what training starts from, also where no sketch is read."""
+    plain, *adapted = (
+        base_digest(lab.workspace(model={"lora": lora})) for lora in (None, {}, {"alpha": 1.0})
+    )
+    assert len({plain, *adapted}) == 3 and all(digest.startswith(plain) for digest in adapted)

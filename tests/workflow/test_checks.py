@@ -11,7 +11,8 @@ from dsel_assets.build import build
 from dsel_assets.runner import resources
 from dsel_assets.steps.arrivals import landed, register
 from dsel_assets.steps.cells import cells
-from dsel_assets.steps.generation import current_generation, members
+from dsel_assets.steps.generation import current_generation, load_pool, members
+from dsel_assets.steps.subsets import beyond_chance
 
 SQL = Path(__file__).parents[2] / "dbt_like_sql"
 
@@ -109,11 +110,11 @@ def test_missing_metrics_stop_the_verdict(done: Any, instance: Any) -> None:
     shutil.rmtree(ws.store.get("tiny", "metrics", cell.metric).path)
     result = execute(done.task(), instance, "compare")
     assert not result.success
-    assert checked(result) == {"complete": False}
+    assert checked(result)["complete"] is False
     assert materialised(result) == set()
     assert not (done.home / "store" / "tiny" / "verdict").exists()
-    (evaluation,) = result.get_asset_check_evaluations()
-    assert evaluation.metadata["missing"].value == "skmm at 5, seed 0"
+    found = {e.check_name: e for e in result.get_asset_check_evaluations()}
+    assert found["complete"].metadata["missing"].value == "skmm at 5, seed 0"
 
 
 def test_all_metrics_give_a_verdict(done: Any, instance: Any) -> None:
@@ -121,8 +122,22 @@ def test_all_metrics_give_a_verdict(done: Any, instance: Any) -> None:
     result = execute(done.task(), instance, "compare")
     assert result.success
     found = checked(result)
+    found.pop("more_than_chance")  # of ten rows or so chance can't be told
     assert found.pop("complete") and all(found.values())
     assert {"verdict", "leaderboard", "budget_curve"} <= materialised(result)
+
+
+def test_a_strategy_that_draws_like_chance_is_told(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    rows = {(row["strategy"], row["budget"]): row for row in beyond_chance(ws, generation)}
+    assert not {"random", "full", "target_only", "itl"} & {strategy for strategy, _ in rows}
+    assert {"skmm", "bads"} <= {strategy for strategy, _ in rows}
+    pool = len(load_pool(ws, generation)[0])
+    for (_, budget), row in rows.items():
+        assert row["by_chance"] == pytest.approx(budget**2 / pool)
+        assert 0 <= row["shared_by_two_seeds"] <= budget
+        assert (row["uniform_as_good"] is None) == (row["strategy"] != "skmm")
 
 
 def test_an_unreadable_arrival_is_not_differentiated(lab: Any, instance: Any) -> None:

@@ -124,6 +124,7 @@ def test_blocking_checks(defs: dg.Definitions) -> None:
         "sketches/keeps_inner_products": True,
         "sketches/fit": True,
         "hessian_spectrum/dimension_is_enough": False,
+        "subsets/more_than_chance": False,
         "metrics/complete": True,
     }
 
