@@ -380,9 +380,7 @@ class Probed(NamedTuple):
     seconds: float
 
 
-def _probe(
-    data: Path, cached: Path | None, shares: tuple[float, ...] | None, job: Any
-) -> Probed:
+def _probe(data: Path, cached: Path | None, shares: tuple[float, ...] | None, job: Any) -> Probed:
     from sklearn.linear_model import LogisticRegression
 
     name, n, seed = job
@@ -399,9 +397,7 @@ def _probe(
 
 
 @cache
-def _split(
-    data: Path, cached: Path | None, shares: tuple[float, ...] | None
-) -> tuple[Array, ...]:
+def _split(data: Path, cached: Path | None, shares: tuple[float, ...] | None) -> tuple[Array, ...]:
     """Features, standardised on the pool, and labels of pool, validation and test."""
     found = images(data, cached, "features")
     rng = np.random.default_rng(0)
@@ -451,6 +447,7 @@ def _compared(
 ) -> str:
     from sklearn.metrics import f1_score
 
+    f1 = partial(f1_score, average="macro")
     rows = []
     for n in dict.fromkeys(n for _, n in cells):
         for name in names:
@@ -467,7 +464,7 @@ def _compared(
             sets = [set(cell.rows.tolist()) for cell in group]
             pairs = [len(a & b) / n for i, a in enumerate(sets) for b in sets[:i]]
             line += [
-                f"{np.mean([f1_score(truth, one, average='macro') for one in predicted[name, n]]):.1%}",
+                f"{np.mean([f1(truth, one) for one in predicted[name, n]]):.1%}",
                 f"{np.mean([cell.classes for cell in group]):.1%}",
                 f"{np.mean(pairs):.1%} ({n / size:.1%})",
                 f"{np.median([cell.seconds for cell in group]):.2f}",
