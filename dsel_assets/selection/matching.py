@@ -29,10 +29,10 @@ Array = NDArray[Any]
 log = logging.getLogger(__name__)
 
 NEWTON_STEPS = 40  # of one proximal problem
-SAME = 1e-6  # difference of squared coordinates, in units of the largest eigenvalue, that is none
-IDLE = 10  # proximal steps without progress after which arithmetic is at its end
-NOISE = 500  # rounding errors in the value of a dual, of the largest term's
-EPSILON = float(np.finfo(np.float64).eps)
+IDLE = 10  # proximal problems without progress after which arithmetic is at its end
+PATIENCE = 3  # Newton steps without progress where values are nothing but rounding
+ROUNDING = 500 * float(np.finfo(np.float64).eps)  # of a dual's value, of its largest term
+SAME = 1e-6  # squared coordinates that differ by less, of the largest eigenvalue, are the same
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,8 @@ def _proximal_point(
 ) -> tuple[_Point, Array, float, int]:
     """Minimise F until its duality gap is at most the goal.
 
-    Each step minimises F(t) + ||t - s||^2 / (2 step) over t and moves s there.
+    Each step minimises F(t) + ||t - s||^2 / (2 step) over t and moves s there. The longer the step,
+    the closer to the minimum, and the harder to get there.
 
     Returns:
         the best point, prices [r] with the best bound on F, that bound, and the Newton steps taken.
@@ -298,8 +299,8 @@ def _proximal_point(
     prices, bound, iterations = np.zeros_like(u), 0.0, 0
     if best.objective <= goal:
         return best, prices, bound, iterations
-    step, accuracy = 10 * problem.feasible.cap / float(at.values.max()), goal / 10
-    longest, idle = step * 1e15, 0
+    step, growth = 10 * problem.feasible.cap / float(at.values.max()), 10.0
+    accuracy, idle = goal / 10, 0
     while (gap := best.objective - bound) > goal and iterations < max_iterations and idle < IDLE:
         moved, taken, solved = _proximal_step(problem, at, step, accuracy)
         iterations += max(taken, 1)
@@ -307,14 +308,14 @@ def _proximal_point(
         if (by_these := problem.bound(moved.u, moved.values)) > bound:
             prices, bound = moved.u, by_these
         if moved.objective > best.objective + goal:
-            step = longest = step / 10
+            step, growth = step / 10, growth**0.5
         else:
             at = moved
             best = min(best, at, key=lambda point: point.objective)
             if not solved:
                 step /= 10
             elif taken <= 10:
-                step = min(10 * step, longest)
+                step *= growth
             if not taken:
                 accuracy /= 10
         idle = 0 if best.objective - bound < 0.99 * gap else idle + 1
@@ -332,7 +333,7 @@ def _proximal_step(
     between 0 and 1/n enter.
 
     Returns:
-        where it ended, the Newton steps taken, and whether it got there.
+        the point of the smallest gap, the Newton steps taken, and whether the gap was closed.
     """
     centre, u, values = start.s, start.u, start.values
     target, feasible = problem.target, problem.feasible
@@ -346,25 +347,25 @@ def _proximal_step(
         return float(u @ target - u @ u / 4 - highest), s
 
     value, s = dual(u, values)
-    closest, least, last = start, np.inf, np.inf
+    closest, least, since = start, np.inf, 0
     for taken in range(NEWTON_STEPS):
         shortfall = problem.shortfall(s)
         lacking = np.maximum(shortfall, 0)
         gap = float(((lacking - u / 2) ** 2).sum() + u @ (lacking - shortfall))
+        since += 1
         if gap < least:
-            closest, least = _Point(s, shortfall, u, values), gap
+            closest, least, since = _Point(s, shortfall, u, values), gap, 0
         if gap <= accuracy:
             return closest, taken, True
         aim = _newton(step * problem.scatter((s > 0) & (s < feasible.cap)), u, shortfall)
         if aim is None:
             break
         slope, length = (shortfall - u / 2) @ (aim - u), 1.0
-        rounding = NOISE * EPSILON * (u @ target)
-        if slope <= rounding and gap > last / 2:
+        rounding = ROUNDING * (u @ target)
+        if slope <= rounding and since > PATIENCE:
             break
-        last = gap
         ahead = problem.values(aim)
-        while length > 1e-10:
+        while length > 1e-4:
             trial, at_trial = u + length * (aim - u), values + length * (ahead - values)
             value_there, s = dual(trial, at_trial)
             if value_there >= value + 1e-4 * length * slope - rounding:

@@ -1,5 +1,7 @@
 """The convex problem of SkMM: optimal, certified, and blind to what must not matter."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -41,10 +43,11 @@ def reference(eigenvalues, c=0.999):
 
 def certified(sketches, match, n, c=0.999):
     """How far the objective may lie above its minimum, by the prices and from scratch."""
-    P, eigenvalues, objective = problem(sketches, c)
-    u = match.prices[::-1] if len(match.prices) == P.shape[1] else None
-    values = P @ u
-    bound = u @ eigenvalues / c - u @ u / 4 - np.sort(values)[len(values) - n :].mean()
+    P, eigenvalues, objective = problem(sketches.astype(np.float64), c)
+    u = match.prices[::-1]
+    assert u.min() >= 0
+    values = np.sort(P @ u)
+    bound = u @ eigenvalues / c - u @ u / 4 - values[len(values) - n :].mean()
     return objective(match.weights) - max(bound, 0.0)
 
 
@@ -99,6 +102,21 @@ def test_agrees_with_a_general_solver():
         match = match_moments(G, n, c=c)
     assert match.objective <= other.fun + 1e-6 * reference(eigenvalues, c)
     np.testing.assert_allclose(match.objective, other.fun, rtol=1e-4)
+
+
+def test_projected_gradients_descend_and_never_pass_the_certificate():
+    G, n, c = pool(60, 6), 12, 0.3
+    P, eigenvalues, objective = problem(G, c)
+    with pytest.warns(UserWarning, match="out of reach"):
+        match = match_moments(G, n, c=c)
+    steepness = 2 * np.linalg.norm(np.vstack([P, np.diag(eigenvalues)]), 2) ** 2
+    s, seen = np.full(60, 1 / 60), []
+    for _ in range(300):
+        seen.append(objective(s))
+        gradient = 2 * P @ np.minimum(0, P.T @ s - eigenvalues / c)
+        s = project_capped_simplex(s - gradient / steepness, 1 / n)
+    assert (np.diff(seen) <= 1e-12 * seen[0]).all() and seen[-1] < 0.9 * seen[0]
+    assert seen[-1] >= match.objective - match.optimality * reference(eigenvalues, c)
 
 
 def test_uniform_weights_reproduce_the_moment():
@@ -227,26 +245,74 @@ def test_a_warm_start_stays_near_and_costs_no_more_than_the_certificate():
     np.testing.assert_allclose(again.weights, warm.weights, atol=1e-12), "nothing left to do"
 
 
+def test_many_small_quotas():
+    rng = np.random.default_rng(0)
+    of = np.concatenate([np.arange(300), rng.integers(0, 300, 2700)])
+    strata = Strata(of, np.bincount(of) // 5)
+    assert (strata.counts == 0).any() and (strata.counts > 1).any()
+    match = match_moments(pool(3000, 12), strata.n, strata=strata)
+    np.testing.assert_allclose(np.bincount(of, match.weights) * strata.n, strata.counts, atol=1e-9)
+    assert match.optimality <= 1e-6 and 0.99 * strata.n <= match.support
+
+
 def test_rows_of_one_example_share_its_weight():
     blocks, n = pool(180, 6).reshape(60, 3, 6), 15
-    match = match_moments(blocks, n)
-    sigma = np.einsum("nki,nkj->ij", blocks, blocks) / 60
-    eigenvalues, V = np.linalg.eigh(sigma)
-    achieved = match.weights @ ((blocks @ V) ** 2).sum(1)
-    np.testing.assert_allclose(match.eigenvalues, eigenvalues)
-    shortfall = np.maximum(eigenvalues / 0.999 - achieved, 0)
-    assert (shortfall**2).sum() <= 2e-6 * reference(eigenvalues)
+    P, eigenvalues, unit = energies(blocks)
+    apart, alike, own_unit = energies(blocks.reshape(180, 1, 6))
+    np.testing.assert_allclose(P, apart.reshape(60, 3, 6).mean(1))
+    np.testing.assert_allclose([*eigenvalues, unit], [*alike, 3 * own_unit])
+    s = match_moments(blocks, n).weights
+    shortfall = np.maximum(alike / 0.999 - np.repeat(s / 3, 3) @ apart, 0)
+    assert (shortfall**2).sum() <= 2e-6 * reference(alike)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_chunks_and_files_do_not_matter(monkeypatch, tmp_path, dtype):
     G, n = pool(400, 10).astype(dtype), 50
     whole = match_moments(G, n)
+    assert certified(G, whole, n) <= 2e-6 * reference(problem(G.astype(np.float64))[1])
     np.save(tmp_path / "G.npy", G)
     mapped = match_moments(np.load(tmp_path / "G.npy", mmap_mode="r"), n)
     assert np.array_equal(mapped.weights, whole.weights)
     monkeypatch.setattr(arrays, "CHUNK", 70)
     np.testing.assert_allclose(match_moments(G, n).weights, whole.weights, atol=1e-4 / n)
+
+
+def test_equal_norms_in_single_precision_do_not_stop_it():
+    """Then the norms differ by rounding alone, and so do the prices of the rows."""
+    G = pool(2000, 32).astype(np.float32)
+    G /= np.linalg.norm(G, axis=1, keepdims=True)
+    for seed in range(3):
+        with pytest.warns(UserWarning, match="out of reach") as caught:
+            match = match_moments(G, 200, seed=seed)
+        assert match.optimality <= 1e-6 and len(caught) == 1
+
+
+def test_what_it_tells_while_it_works(caplog, capsys):
+    with caplog.at_level("INFO", logger="dsel_assets.selection.matching"):
+        match = match_moments(pool(200, 6), 40)
+    assert f"{match.iterations} iterations, optimality {match.optimality:.2g}" in caplog.text
+    assert not capsys.readouterr().err
+    match_moments(pool(200, 6), 40, progress=True)
+    assert "moments" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_million_examples_on_disk(tmp_path):
+    N, m, limit = 1_000_000, 256, 300
+    G = np.lib.format.open_memmap(tmp_path / "G.npy", "w+", np.float32, (N, m))
+    for start in range(0, N, 100_000):
+        G[start : start + 100_000] = pool(100_000, m, seed=start)
+    G.flush()
+    code = (
+        "import resource, sys, numpy as np;"
+        "from dsel_assets.selection.matching import match_moments;"
+        "match = match_moments(np.load(sys.argv[1], mmap_mode='r'), 1000);"
+        "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20;"
+        "assert match.optimality <= 1e-6, match.optimality;"
+        "assert used <= 6, f'{used:.1f} GiB'"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "G.npy"], check=True, timeout=limit)
 
 
 @pytest.mark.parametrize(
