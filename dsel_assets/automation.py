@@ -41,7 +41,11 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
         return dg.AssetSelection.checks(dg.AssetCheckKey(key(task, asset), name))
 
     fit = check("sketches", "fit")
-    across = check("metrics", "complete") | check("subsets", "more_than_chance")
+    across = (
+        check("metrics", "complete")
+        | check("subsets", "more_than_chance")
+        | check("subsets", "weights_hold")
+    )
     said = {
         "ingest": "An arrival: validate it, differentiate it, sketch it. Nothing else is touched.",
         "select": "A strategy: choose, finetune, evaluate, at every budget with every seed.",
@@ -52,6 +56,9 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
         "select": (assets(*SELECT) | fit) - across,
         "compare": assets("verdict", *models) | across,
     }
+    if task.active is not None:
+        said["label"] = "Unlabelled rows: look at what was labelled, ask for the next."
+        chosen["label"] = assets("label_requests")
     return {
         name: dg.define_asset_job(
             f"{task.name}_{name}", chosen[name], description=text, config=QUIET
@@ -200,6 +207,38 @@ def reselection_schedule(task: Task, select: Job) -> dg.ScheduleDefinition:
     return reselection_schedule
 
 
+def requests_to_label(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """A run once enough of what was asked for is labelled."""
+    from dsel_assets.steps.labelling import standing
+
+    assert task.active is not None
+    now = standing(Workspace(task, home))
+    if now.due(task.active):
+        labelled = len(now.labelled)
+        yield dg.RunRequest(run_key=f"round-{len(now.rounds) + 1}-{labelled}")
+    else:
+        yield dg.SkipReason(f"{len(now.waiting)} rows wait for their label")
+
+
+def labelling_schedule(task: Task, label: Job, cron: str) -> dg.ScheduleDefinition:
+    """Looks at what was labelled."""
+
+    @dg.schedule(
+        name=f"{task.name}_ask",
+        job=label,
+        cron_schedule=cron,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Asks for the next labels once the last ones are there; else says how many "
+        "rows wait.",
+    )
+    def labelling_schedule(
+        context: dg.ScheduleEvaluationContext, home: Home
+    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        yield from requests_to_label(task, home)
+
+    return labelling_schedule
+
+
 def automation(
     task: Task, by_name: dict[str, Job]
 ) -> tuple[list[dg.SensorDefinition], list[dg.ScheduleDefinition]]:
@@ -212,4 +251,9 @@ def automation(
         follow_sensor(task, ingest, select, requests_to_select, dg.DagsterRunStatus.FAILURE),
         follow_sensor(task, select, compare, requests_to_compare),
     ]
-    return sensors, [reselection_schedule(task, select)] if task.schedule else []
+    schedules = [reselection_schedule(task, select)] if task.schedule else []
+    if task.active is not None:
+        sensors.append(follow_sensor(task, ingest, by_name["label"], requests_to_label))
+        if task.active.schedule is not None:
+            schedules.append(labelling_schedule(task, by_name["label"], task.active.schedule))
+    return sensors, schedules

@@ -8,6 +8,7 @@ from dsel_assets.assets.base_model import base_model
 from dsel_assets.assets.checkpoints import checkpoints
 from dsel_assets.assets.declare import key
 from dsel_assets.assets.intrinsic import intrinsic_dimension
+from dsel_assets.assets.label_requests import label_requests
 from dsel_assets.assets.metrics import metrics
 from dsel_assets.assets.pool import pool
 from dsel_assets.assets.sketches import sketches
@@ -44,7 +45,7 @@ def build(task: Task, sql: Path) -> dg.Definitions:
     named = jobs(task, [model.name for model in models])
     sensors, schedules = automation(task, named)
     return dg.Definitions(
-        assets=[asset(task) for asset in ASSETS]
+        assets=[asset(task) for asset in (*ASSETS, *([label_requests] if task.active else []))]
         + sql_assets(task.name, models, load_checks(sql / "checks"), sources),
         asset_checks=checks(task),
         jobs=list(named.values()),

@@ -112,6 +112,42 @@ def more_than_chance(task: Task) -> dg.AssetChecksDefinition:
     return more_than_chance
 
 
+def weights_hold(task: Task) -> dg.AssetChecksDefinition:
+    """A warning when inferred weights have collapsed, run away or prefer what is merely easy."""
+
+    @dg.asset_check(
+        asset=key(task, "subsets"),
+        name="weights_hold",
+        description="No strategy that infers weights raised an alarm: a mean weight far from beta "
+        "(collapsed), logits without bound (runaway), or rows of highest weight that lie outside "
+        "the target and are easier than the rest (easy_junk).",
+    )
+    def weights_hold(home: Home) -> dg.AssetCheckResult:
+        from dsel_assets.selection.guards import ALARMS
+        from dsel_assets.steps.generation import current_generation
+        from dsel_assets.steps.subsets import alarms
+
+        ws = Workspace(task, home)
+        found = alarms(ws, current_generation(ws))
+        on = [
+            f"{row['strategy']} at {row['budget']}: {name} in {row[name]} of {row['seeds']} seeds"
+            for row in found
+            for name in ALARMS
+            if row[name]
+        ]
+        return dg.AssetCheckResult(
+            passed=not on,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={
+                "alarms": "; ".join(on) or "none",
+                "what_to_do": "; ".join(f"{name}: {ALARMS[name]}" for name in ALARMS),
+                "seeds_with_an_alarm": table(found),
+            },
+        )
+
+    return weights_hold
+
+
 def metrics_complete(task: Task) -> dg.AssetChecksDefinition:
     """Blocking, before the verdict: every cell is there, on the same seeds and examples."""
 
@@ -158,5 +194,6 @@ def checks(task: Task) -> list[dg.AssetChecksDefinition]:
         sketches_fit(task),
         dimension_is_enough(task),
         more_than_chance(task),
+        weights_hold(task),
         metrics_complete(task),
     ]

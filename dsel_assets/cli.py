@@ -79,6 +79,26 @@ def run(
     typer.echo(f"{time.perf_counter() - started:.1f} s")
 
 
+@app.command()
+def label(task_file: TaskFile) -> None:
+    """Ask for the labels that say most: print where the next requests lie and who still waits."""
+    from dsel_assets.runner import dagster_instance, initialise
+    from dsel_assets.runner import label as ask_for_labels
+    from dsel_assets.task import TaskError, load_task
+
+    try:
+        task = load_task(task_file)
+        with dagster_instance() as instance:
+            initialise(instance)
+            typer.echo(ask_for_labels(task, instance))
+    except TaskError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
 def show_leaderboard(task: Task, generation: int) -> None:
     """Print a generation's leaderboard and what became of the champion."""
     from rich.box import SIMPLE_HEAD

@@ -14,7 +14,7 @@ import dagster as dg
 
 from dsel_assets.assets.declare import data_version, key
 from dsel_assets.build import build
-from dsel_assets.resources.store import Entry, StoreError, alive
+from dsel_assets.resources.store import StoreError, alive
 from dsel_assets.resources.tracking import Tracking, best_effort
 from dsel_assets.resources.warehouse import Warehouse
 from dsel_assets.steps.arrivals import arrivals, landed, register
@@ -73,79 +73,18 @@ def end_leftovers(instance: dg.DagsterInstance) -> None:
 
 def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     """Ingest what landed, select and finetune what is missing, compare; say what happens."""
-    ws = Workspace(task, home())
-    jobs = dg.Definitions.merge(
-        build(task, ROOT / "dbt_like_sql"),
-        dg.Definitions(resources=resources(), executor=dg.in_process_executor),
-    )
-    runs = 0
+    from dsel_assets.steps.cells import cells, missing_strategies
+    from dsel_assets.steps.generation import current_generation
+    from dsel_assets.steps.verdict import find_verdict
 
-    def execute(job: str, partition: str | None = None) -> str | None:
-        """Run a job; why it failed, or None."""
-        nonlocal runs
-        runs += 1
-        started = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dg.BetaWarning)
-            done = jobs.resolve_job_def(f"{task.name}_{job}").execute_in_process(
-                partition_key=partition, instance=instance, run_config=SILENT, raise_on_error=False
-            )
-        said = "done" if done.success else "did not succeed"
-        what = f"{job} {partition or ''}".ljust(32)
-        print(f"{what} {said} in {time.perf_counter() - started:.1f} s", flush=True)
-        return None if done.success else _why(done)
-
-    ws.check_files()
-    ws.prepare()
-    for file in landed(ws):
-        register(ws, file)
-    if not arrivals(ws):
+    jobs = _Jobs(task, instance)
+    ws = jobs.ws
+    if not jobs.register():
         raise StoreError(f"{ws.landing}: no .parquet, .jsonl or .jsonl.gz file has landed yet")
     strategies = ", ".join(task.strategies.chosen())
     print(f"{task.name}: {len(arrivals(ws))} arrivals, {strategies}", flush=True)
     print(f"budgets {task.budgets}, {task.seeds} seeds; only what is missing is made", flush=True)
-    instance.add_dynamic_partitions(f"{task.name}_arrivals", [known.key for known in arrivals(ws)])
-
-    from dsel_assets.steps.cells import cells, missing_strategies
-    from dsel_assets.steps.generation import current_generation
-    from dsel_assets.steps.pool import find_ingested
-    from dsel_assets.steps.pool import held_back as why_held_back
-    from dsel_assets.steps.sketches import find_sketched
-    from dsel_assets.steps.verdict import find_verdict
-
-    def shown(asset: str, version: str, partition: str | None = None, logged: bool = False) -> bool:
-        """Say whether Dagster's history holds this version, and MLflow, where it should."""
-        last = _last_materialization(instance, key(task, asset), partition)
-        return (
-            last is not None
-            and (last.tags or {}).get(DATA_VERSION) == version
-            and (not logged or LOGGED in last.metadata)
-        )
-
-    def report(arrival: str, pool: Entry) -> None:
-        rows, seen, reasons = (pool.summary[name] for name in ("rows", "seen", "reasons"))
-        if why := why_held_back(ws, pool):
-            held_back.append(arrival)
-            print(f"  {arrival} is held back: {why}", flush=True)
-        elif reasons:
-            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            print(f"  {rows} of {seen} rows kept; in quarantine: {counts}", flush=True)
-
-    held_back: list[str] = []
-    for known in arrivals(ws):
-        pool = find_ingested(ws, known)
-        if pool and why_held_back(ws, pool) and shown("pool", pool.identity, known.key):
-            report(known.key, pool)
-            continue
-        made = find_sketched(ws, pool) if pool else None
-        there = made is not None and shown("sketches", made.sketches.identity, known.key)
-        if not there:
-            failed = execute("ingest", known.key)
-            pool = find_ingested(ws, known)
-            if failed and not (pool and why_held_back(ws, pool)):
-                raise RuntimeError(f"{task.name}: ingesting {known.key} failed: {failed}")
-            assert pool is not None
-            report(known.key, pool)
+    held_back = jobs.ingest()
     if len(held_back) == len(arrivals(ws)):
         raise RuntimeError(f"{task.name}: every arrival is held back")
 
@@ -153,20 +92,119 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     missing = missing_strategies(ws, generation)
     for strategy in task.strategies.chosen():
         version = data_version(c.identities["metrics"] for c in cells(ws, generation, strategy))
-        there = strategy not in missing and shown("metrics", version, strategy, logged=True)
-        if not there and (failed := execute("select", strategy)):
+        there = strategy not in missing and jobs.shown("metrics", version, strategy, logged=True)
+        if not there and (failed := jobs.execute("select", strategy)):
             raise RuntimeError(f"{task.name}: selecting by {strategy} failed: {failed}")
     decided = find_verdict(ws, generation)
     last = instance.get_runs(dg.RunsFilter(job_name=f"{task.name}_compare"), limit=1)
     there = (
-        not runs
+        not jobs.runs
         and decided is not None
-        and shown("verdict", decided.identity, logged=True)
+        and jobs.shown("verdict", decided.identity, logged=True)
         and [run.status for run in last] == [dg.DagsterRunStatus.SUCCESS]
     )
-    if not there and (failed := execute("compare")):
+    if not there and (failed := jobs.execute("compare")):
         raise RuntimeError(f"{task.name}: the comparison failed: {failed}")
-    return Outcome(runs, held_back, generation.number)
+    return Outcome(jobs.runs, held_back, generation.number)
+
+
+def label(task: Task, instance: dg.DagsterInstance) -> str:
+    """Ingest what landed, then ask for labels if it is time; say where things are."""
+    from dsel_assets.steps.labelling import requests_file, standing
+
+    if task.active is None:
+        raise StoreError(f"{task.name}: the task has no `active` section; see docs/itl.md")
+    jobs = _Jobs(task, instance)
+    if jobs.register():
+        jobs.ingest()
+    if failed := jobs.execute("label"):
+        raise RuntimeError(f"{task.name}: asking for labels failed: {failed}")
+    now = standing(jobs.ws)
+    return (
+        f"round {len(now.rounds)}: {len(now.waiting)} rows wait for their label, "
+        f"{len(now.labelled)} have theirs\n"
+        f"requests: {requests_file(now.rounds[-1])}\n"
+        f"labelled rows go into {jobs.ws.landing}"
+    )
+
+
+class _Jobs:
+    """The jobs of a task, run in this process; `runs` counts them."""
+
+    def __init__(self, task: Task, instance: dg.DagsterInstance) -> None:
+        self.task, self.instance, self.ws, self.runs = task, instance, Workspace(task, home()), 0
+        self.definitions = dg.Definitions.merge(
+            build(task, ROOT / "dbt_like_sql"),
+            dg.Definitions(resources=resources(), executor=dg.in_process_executor),
+        )
+
+    def execute(self, job: str, partition: str | None = None) -> str | None:
+        """Run a job; why it failed, or None."""
+        self.runs += 1
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dg.BetaWarning)
+            found = self.definitions.resolve_job_def(f"{self.task.name}_{job}")
+            done = found.execute_in_process(
+                partition_key=partition,
+                instance=self.instance,
+                run_config=SILENT,
+                raise_on_error=False,
+            )
+        said = "done" if done.success else "did not succeed"
+        what = f"{job} {partition or ''}".ljust(32)
+        print(f"{what} {said} in {time.perf_counter() - started:.1f} s", flush=True)
+        return None if done.success else _why(done)
+
+    def shown(
+        self, asset: str, version: str, partition: str | None = None, logged: bool = False
+    ) -> bool:
+        """Say whether Dagster's history holds this version, and MLflow, where it should."""
+        last = _last_materialization(self.instance, key(self.task, asset), partition)
+        return (
+            last is not None
+            and (last.tags or {}).get(DATA_VERSION) == version
+            and (not logged or LOGGED in last.metadata)
+        )
+
+    def register(self) -> bool:
+        """Enter what landed; whether there is any arrival."""
+        self.ws.check_files()
+        self.ws.prepare()
+        for file in landed(self.ws):
+            register(self.ws, file)
+        keys = [known.key for known in arrivals(self.ws)]
+        self.instance.add_dynamic_partitions(f"{self.task.name}_arrivals", keys)
+        return bool(keys)
+
+    def ingest(self) -> list[str]:
+        """Ingest the arrivals that are not; those that are held back."""
+        from dsel_assets.steps.pool import find_ingested
+        from dsel_assets.steps.pool import held_back as why_held_back
+        from dsel_assets.steps.sketches import find_sketched
+
+        ws, held_back = self.ws, []
+        for known in arrivals(ws):
+            pool = find_ingested(ws, known)
+            if pool is None or not (
+                why_held_back(ws, pool) and self.shown("pool", pool.identity, known.key)
+            ):
+                made = find_sketched(ws, pool) if pool else None
+                if made and self.shown("sketches", made.sketches.identity, known.key):
+                    continue
+                failed = self.execute("ingest", known.key)
+                pool = find_ingested(ws, known)
+                if failed and not (pool and why_held_back(ws, pool)):
+                    raise RuntimeError(f"{self.task.name}: ingesting {known.key} failed: {failed}")
+                assert pool is not None
+            if why := why_held_back(ws, pool):
+                held_back.append(known.key)
+                print(f"  {known.key} is held back: {why}", flush=True)
+            elif pool.summary["reasons"]:
+                rows, seen, reasons = (pool.summary[name] for name in ("rows", "seen", "reasons"))
+                counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+                print(f"  {rows} of {seen} rows kept; in quarantine: {counts}", flush=True)
+        return held_back
 
 
 def _why(done: dg.ExecuteInProcessResult) -> str:

@@ -21,6 +21,10 @@ from pydantic import (
 )
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+NEED_TARGET = (
+    *("itl", "bads", "bads_joint", "smallloss", "gradmatch", "target_only"),
+    *("cosine", "information_density", "facility_target"),
+)
 
 
 class TaskError(ValueError):
@@ -261,28 +265,93 @@ class Skmm(_Spec):
     )
 
 
-class Bads(_Spec):
-    """Bayesian data point selection (arXiv:2411.03768)."""
+class BadsJoint(_Spec):
+    """Bayesian data point selection (arXiv:2411.03768), judged by the model of its own run."""
 
     beta: float = Field(
         0.5, gt=0, lt=1, description="believed useful fraction of the pool, never the budget"
     )
     sigma: float = Field(0.05, gt=0, description="tolerance of the prior on the mean weight")
-    steps: int = Field(1000, ge=10, description="steps of the chain")
-    batch_size: int = Field(100, ge=1, description="pool examples a step")
-    pick: Literal["sample", "top"] = Field(
-        "sample",
-        description="sample: without replacement, by the mean weight; top: the largest",
+    mode: Literal["paper", "sgld"] = Field(
+        "paper", description="an optimiser with a small noise, or Langevin dynamics"
     )
+    weighting: Literal["each", "network"] = Field(
+        "each", description="a logit an example, or a network that also scores new ones"
+    )
+    chains: int = Field(1, ge=1, description="chains a seed, whose samples are merged")
+    steps: int = Field(1000, ge=10, description="steps of a chain, at most")
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description="stop early at a rank correlation of 1 - tolerance"
+    )
+    batch_size: int = Field(100, ge=1, description="pool examples a step")
+    meta: float = Field(1.0, ge=0, description="factor of the target's mean loss")
+    temperature: float = Field(1.0, gt=0, description="sgld: 1 is the posterior")
+
+
+class Bads(BadsJoint):
+    """Bayesian data point selection: chosen by the inferred weights, then finetuned."""
+
+    pick: Literal["sample", "top", "lower", "bernoulli"] = Field(
+        "sample",
+        description="sample: without replacement, by the mean weight; top: the largest; lower: the "
+        "largest mean - sd; bernoulli: each by its own draw",
+    )
+    compare_cold: bool = Field(
+        False, description="after a warm start, also run fresh chains and report how far they are"
+    )
+
+
+class _Trains(_Spec):
+    """What strategies train for their scores, from the base model."""
+
+    steps: int = Field(400, ge=1, description="optimiser steps of a training")
+    batch_size: int = Field(32, ge=1, description="examples a step")
+    lr: float = Field(1e-3, gt=0, description="Adam's learning rate, decayed to 0 by a cosine")
+
+
+class SmallLoss(_Trains):
+    """The smallest losses under a model trained on the target alone."""
+
+    per_class: bool = Field(False, description="labels take turns")
+
+
+class Cleanlab(_Trains):
+    """Confident learning (arXiv:1911.00068): labels that models of the other rows agree with."""
+
+    method: Literal["self_confidence", "normalized_margin", "confidence_weighted_entropy"] = Field(
+        "self_confidence", description="cleanlab's score of a label"
+    )
+    folds: int = Field(
+        5, ge=2, description="parts of the pool, each scored by a model of the others"
+    )
+
+
+class Until(_Spec):
+    """Where picking ends before the budget does, whichever comes first."""
+
+    target_variance: float | None = Field(
+        None, gt=0, description="no target's variance is above it; rows have unit norm, so below 1"
+    )
+    gain: float | None = Field(None, gt=0, description="the next pick would gain fewer nats")
 
 
 class Itl(_Spec):
     """Information-based transductive learning (arXiv:2402.15898)."""
 
+    rule: Literal["itl", "vtl", "ctl", "mm_itl", "undirected_itl"] = Field(
+        "itl", description="what makes a row worth picking; docs/itl.md"
+    )
     form: Literal["paper", "library"] = Field("paper", description="noise inside the ratio, or not")
     noise: float | None = Field(
         None, gt=0, description="observation variance; none: the mean squared norm"
     )
+    kernel: Literal["linear", "rbf", "matern"] = Field(
+        "linear", description="on the sketches' directions"
+    )
+    preselect: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="choose only from so many nearest candidates of each target"
+    )
+    until: Until | None = Field(None, description="end before the budget does")
 
 
 class Gradmatch(_Spec):
@@ -324,6 +393,48 @@ class Leverage(_Spec):
     )
 
 
+class Cosine(_Spec):
+    """The largest mean cosine of the gradient to the target's."""
+
+
+class InformationDensity(_Spec):
+    """The base model's entropy times the cosine to the target."""
+
+    beta: float = Field(1.0, gt=0, description="exponent of the cosine")
+
+
+class Uncertain(_Spec):
+    """Examples of which the base model is least sure."""
+
+
+class KMeansPlusPlus(_Spec):
+    """k-means++ seeding on the sketches."""
+
+
+class Badge(_Spec):
+    """k-means++ on the last layer's gradients at the predicted labels (arXiv:1906.03671)."""
+
+
+class TypiClust(_Spec):
+    """The most typical example of each cluster (arXiv:2202.02794)."""
+
+    neighbours: int = Field(20, ge=1, description="that typicality looks at")
+    most_clusters: int = Field(500, ge=1, description="there are as many as the budget, up to this")
+    small: int = Field(5, ge=0, description="clusters of so many rows or fewer come last")
+
+
+class ProbCover(_Spec):
+    """Balls that cover the most examples (arXiv:2205.11320)."""
+
+    delta: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="radius on the unit sphere; none: where 95 % of balls are pure"
+    )
+
+
+class Facility(_Spec):
+    """Facility location: every example, or every target, has a chosen one near it."""
+
+
 class Strategies(_Spec):
     """The strategies that are compared; random and full always are."""
 
@@ -332,17 +443,54 @@ class Strategies(_Spec):
     target_only: TargetOnly | None = None
     skmm: Skmm | None = None
     bads: Bads | None = None
+    bads_joint: BadsJoint | None = None
+    smallloss: SmallLoss | None = None
+    cleanlab: Cleanlab | None = None
     itl: Itl | None = None
     gradmatch: Gradmatch | None = None
     kcenter: KCenter | None = None
     herding: Herding | None = None
     adaptive: Adaptive | None = None
     leverage: Leverage | None = None
+    cosine: Cosine | None = None
+    information_density: InformationDensity | None = None
+    entropy: Uncertain | None = None
+    margin: Uncertain | None = None
+    least_confidence: Uncertain | None = None
+    kmeanspp: KMeansPlusPlus | None = None
+    badge: Badge | None = None
+    typiclust: TypiClust | None = None
+    probcover: ProbCover | None = None
+    facility: Facility | None = None
+    facility_target: Facility | None = None
 
     def chosen(self) -> dict[str, _Spec]:
         """The strategies that this task runs, with their settings, in a fixed order."""
         named = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: settings for name, settings in named.items() if settings is not None}
+
+
+class Active(_Spec):
+    """Rounds of asking for labels: choose unlabelled rows, wait for their labels, train, again."""
+
+    candidates: str = Field(
+        description="folder or URL with rows that have no label yet: .parquet, .jsonl, .jsonl.gz; "
+        "labelled ones come back through pool.landing"
+    )
+    batch: int = Field(50, ge=1, description="labels to ask for in a round")
+    rounds: Annotated[int, Field(ge=1)] | None = Field(None, description="at most; none: no end")
+    wait_for: float = Field(
+        1.0, gt=0, le=1, description="share of the asked labels that begins the next round"
+    )
+    rule: Literal["itl", "vtl", "ctl", "mm_itl", "undirected_itl"] = Field(
+        "itl", description="what makes a row worth its label; docs/itl.md"
+    )
+    noise: float | None = Field(
+        None, gt=0, description="observation variance; none: the mean squared norm"
+    )
+    schedule: str | None = Field(
+        None, description="cron line for a look at what was labelled, beside the arrivals"
+    )
 
 
 class Promote(_Spec):
@@ -373,6 +521,7 @@ class Task(_Spec):
     spectrum: SpectrumSpec = SpectrumSpec()
     intrinsic: IntrinsicSpec = IntrinsicSpec()
     strategies: Strategies = Strategies()
+    active: Active | None = Field(None, description="ask for labels, in rounds")
     budgets: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1, description="how many examples to choose, ascending"
     )
@@ -389,9 +538,11 @@ class Task(_Spec):
         if self.promote.budget not in self.budgets:
             raise ValueError(f"promote.budget: must be one of the budgets {list(self.budgets)}")
         if self.target is None:
-            for name in ("itl", "bads", "gradmatch", "target_only"):
+            for name in NEED_TARGET:
                 if getattr(self.strategies, name) is not None:
                     raise ValueError(f"strategies.{name}: needs a target set; give target.source")
+            if self.active is not None and self.active.rule != "undirected_itl":
+                raise ValueError("active: needs a target set, or rule: undirected_itl")
             if self.finetune.include_target:
                 raise ValueError("finetune.include_target: there is no target; set it to false")
         if self.strategies.target_only is not None and not self.finetune.include_target:
@@ -414,8 +565,12 @@ class Task(_Spec):
             raise ValueError("spectrum.eigenvalues: at most spectrum.iterations")
         if list(self.spectrum.steps) != sorted(set(self.spectrum.steps)):
             raise ValueError("spectrum.steps: must ascend and not repeat")
-        if self.schedule is not None and len(self.schedule.split()) != 5:
-            raise ValueError('schedule: a cron line of five fields, e.g. "0 6 * * 1"')
+        crons = {"schedule": self.schedule}
+        if self.active is not None:
+            crons["active.schedule"] = self.active.schedule
+        for key, cron in crons.items():
+            if cron is not None and len(cron.split()) != 5:
+                raise ValueError(f'{key}: a cron line of five fields, e.g. "0 6 * * 1"')
         return self
 
     def settings(self, strategy: str) -> dict[str, Any]:
@@ -455,10 +610,13 @@ def load_tasks(folder: str | Path) -> list[Task]:
 def shortened(task: Task) -> Task:
     """The same task with two seeds, two budgets and little training: it concludes nothing."""
     budgets = sorted({task.budgets[0], task.promote.budget})
-    strategies = task.strategies
-    if strategies.bads is not None:
-        bads = strategies.bads.model_copy(update={"steps": min(100, strategies.bads.steps)})
-        strategies = strategies.model_copy(update={"bads": bads})
+    strategies = task.strategies.model_copy(
+        update={
+            name: settings.model_copy(update={"steps": min(100, settings.steps)})
+            for name, settings in task.strategies.chosen().items()
+            if isinstance(settings, (BadsJoint, _Trains))
+        }
+    )
     finetune = task.finetune.model_copy(update={"steps": min(40, task.finetune.steps)})
     return task.model_copy(
         update={

@@ -9,6 +9,7 @@ import yaml
 
 from dsel_assets.resources.store import identity
 from dsel_assets.task import (
+    Itl,
     Skmm,
     Task,
     TaskError,
@@ -209,7 +210,7 @@ def test_target_only_without_training_on_the_target_is_nothing(load):
 def test_a_strategy_with_nothing_behind_it_has_its_defaults(load):
     task = load(changed("strategies", {"skmm": None, "itl": {"form": "library"}}))
     assert task.settings("skmm") == Skmm().model_dump()
-    assert task.settings("itl") == {"form": "library", "noise": None}
+    assert task.settings("itl") == Itl(form="library").model_dump()
     assert list(task.strategies.chosen()) == ["random", "full", "skmm", "itl"]
 
 

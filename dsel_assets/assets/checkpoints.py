@@ -29,12 +29,8 @@ def checkpoints(task: Task) -> dg.AssetsDefinition:
         ws = Workspace(task, home)
         generation = current_generation(ws)
         entries = finetune(ws, generation, context.partition_key)
-        last = [entry.summary["curve"][-1] for entry in entries]
-        return result(
-            task,
-            "checkpoints",
-            entries,
-            {"generation": generation.number, "final_training_loss": sum(last) / len(last)},
-        )
+        last = [entry.summary["curve"][-1] for entry in entries if entry.summary["curve"]]
+        how = {"final_training_loss": sum(last) / len(last)} if last else {"trained_by": "strategy"}
+        return result(task, "checkpoints", entries, {"generation": generation.number, **how})
 
     return checkpoints

@@ -33,10 +33,10 @@ def subsets(task: Task) -> dg.AssetsDefinition:
         f"{task.seeds} seeds, in order, with the scores that say why.",
     )
     def subsets(context: dg.AssetExecutionContext, home: Home) -> dg.MaterializeResult:
-        from dsel_assets.evaluation.plots import composition
+        from dsel_assets.evaluation.plots import composition, picks
         from dsel_assets.steps.cells import cells
         from dsel_assets.steps.generation import current_generation, load_pool
-        from dsel_assets.steps.subsets import chosen_ids, select
+        from dsel_assets.steps.subsets import chosen_ids, per_pick, select
 
         ws, strategy = Workspace(task, home), context.partition_key
         generation = current_generation(ws)
@@ -54,6 +54,7 @@ def subsets(task: Task) -> dg.AssetsDefinition:
             by_class.setdefault(str(cell.budget), Counter()).update(classes[i] for i in ids)
             by_source.setdefault(str(cell.budget), Counter()).update(sources[i] for i in ids)
             numbers.setdefault(cell.budget, []).append(dict(entry.summary))
+        largest = per_pick(entries[-1])
         return result(
             task,
             "subsets",
@@ -70,6 +71,7 @@ def subsets(task: Task) -> dg.AssetsDefinition:
                     composition(by_source, Counter(sources.values()), "source")
                 ),
                 "diagnostics": table([_mean(budget, rows) for budget, rows in numbers.items()]),
+                **({"picks": picture(picks(*largest.values()))} if largest else {}),
             },
         )
 
@@ -77,5 +79,8 @@ def subsets(task: Task) -> dg.AssetsDefinition:
 
 
 def _mean(budget: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over the seeds of every number that the strategy reports."""
-    return {"budget": budget} | {name: fmean(row[name] for row in rows) for name in rows[0]}
+    """Mean over the seeds of every number that the strategy reports, where all report one."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {"budget": budget} | {
+        name: None if None in values else fmean(values) for name, values in columns.items()
+    }

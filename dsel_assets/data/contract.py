@@ -33,7 +33,8 @@ class Contract:
     """Which columns a file has and what stands in them.
 
     input    column of the model's input, in one of the forms that `data.cells` names
-    label    column of class indices (integers) or names of `classes`
+    label    column of class indices (integers) or names of `classes`; None where rows have no label
+             yet: theirs are -1, and their content is the input alone
     group    column of sources (text; null or "" is unknown), or None
     id       column of ids (text of 1 to 200 characters, no control characters), or None: ids are
              hashes of the content
@@ -46,7 +47,7 @@ class Contract:
     """
 
     input: str
-    label: str
+    label: str | None
     group: str | None
     id: str | None
     kind: Kind
@@ -72,8 +73,8 @@ class Contract:
     @property
     def declared(self) -> tuple[str, ...]:
         """The columns that a file must have; what `read_file` is asked for."""
-        optional = tuple(name for name in (self.group, self.id) if name is not None)
-        return (self.input, self.label, *optional, *self.columns)
+        optional = (name for name in (self.label, self.group, self.id) if name is not None)
+        return (self.input, *optional, *self.columns)
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,17 @@ def _check(batch: RawBatch, contract: Contract) -> tuple[Examples, list[Refused]
 
     classes = {name: i for i, name in enumerate(contract.classes)}
     inputs = read(contract.input, lambda c: parse_inputs(c, contract.kind, contract.shape))
-    labels = each(contract.label, lambda cell: parse_label(cell, classes))
+    labels = [-1] * n
+    if contract.label is not None:
+        labels = each(contract.label, lambda cell: parse_label(cell, classes))
     groups = each(contract.group, parse_group) if contract.group is not None else [""] * n
     ids = each(contract.id, parse_text) if contract.id is not None else [None] * n
     columns = {name: each(name, parse_number) for name in contract.columns}
 
     good = np.array([i for i in range(n) if i not in faults], dtype=np.int64)
     inputs = inputs if len(good) == n else inputs[good]
-    digests = example_ids(inputs, [contract.classes[labels[i]] for i in good])
+    names = ["" if contract.label is None else contract.classes[labels[i]] for i in good]
+    digests = example_ids(inputs, names)
     examples = Examples(
         ids=digests if contract.id is None else np.array([ids[i] for i in good], dtype=np.str_),
         labels=np.array([labels[i] for i in good], dtype=np.int64),

@@ -33,10 +33,11 @@ STYLE = {
     "bads": ("#D55E00", "^"),
     "itl": ("#009E73", "D"),
     "gradmatch": ("#E69F00", "v"),
+    "smallloss": ("#56B4E9", "P"),
 }
-OTHERS = (("#56B4E9", "P"), ("#8C6D1F", "X"), ("#5D3A9B", "p"))
+OTHERS = (("#8C6D1F", "X"), ("#5D3A9B", "p"), ("#A3A500", "d"), ("#AD5C72", "<"))
 VERDICTS = {"better": "#0072B2", "no difference shown": GREY, "worse": "#D55E00"}
-WITHOUT_BUDGET = ("full", "target_only")
+WITHOUT_BUDGET = ("full", "target_only", "bads_joint")
 PASTEL = (  # Tol's light scheme, then three more: dark text is legible on each
     *("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00"),
     *("#DDDDDD", "#C9A0DC", "#D2A679", "#9FB0BF"),
@@ -230,6 +231,54 @@ def rounds(
     axes.set(xlabel="steps", ylabel="accuracy on validation")
     axes.set_title("numbers: dimensions", **NOTE)
     axes.legend(loc="lower right", **LEGEND)
+    return _png(figure)
+
+
+def picks(gains: ArrayLike, left: ArrayLike, worst: ArrayLike) -> bytes:
+    """What each pick of a greedy choice brought: where to stop.
+
+    gains [n] in nats; left, worst [n]: mean and largest variance of f at the targets after each
+    pick, as shares of the mean before the first. ValueError without picks.
+    """
+    gain = np.asarray(gains, float)
+    if len(gain) == 0:
+        raise ValueError("no picks to draw")
+    number = np.arange(1, len(gain) + 1)
+    figure, (first, second) = _figure(3.0, columns=2)
+    first.plot(number, gain, color="#009E73", lw=1.6)
+    first.set(xlabel="pick", ylabel="nats about the targets")
+    first.set_ylim(bottom=0)
+    first.set_title("gain of each pick", **NOTE)
+    second.plot(number, np.asarray(left, float), color="#0072B2", lw=1.6, label="mean")
+    second.plot(number, np.asarray(worst, float), color="#D55E00", lw=1.6, label="worst target")
+    second.set(xlabel="pick", ylabel="share of the prior variance")
+    second.set_ylim(bottom=0)
+    second.set_title("variance left at the targets", **NOTE)
+    second.legend(loc="upper right", **LEGEND)
+    return _png(figure)
+
+
+def labelling(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rounds of asking for labels.
+
+    rows: one a round with the keys `round`, `pool` (labelled examples that the model was trained
+    on), `validation_accuracy` and `target_variance` (None where there are no targets). ValueError
+    without rounds.
+    """
+    if not rows:
+        raise ValueError("no rounds to draw")
+    number = [row["round"] for row in rows]
+    figure, (left, right) = _figure(3.0, columns=2)
+    labels = [row["pool"] for row in rows]
+    left.plot(labels, [row["validation_accuracy"] for row in rows], "o-", color="#0072B2", lw=1.6)
+    left.set(xlabel="labelled examples", ylabel="accuracy on validation")
+    left.set_title("trained before each round", **NOTE)
+    known = [(n, row["target_variance"]) for n, row in zip(number, rows, strict=True)]
+    known = [(n, value) for n, value in known if value is not None]
+    right.plot([n for n, _ in known], [v for _, v in known], "o-", color="#009E73", lw=1.6)
+    right.set(xlabel="round", ylabel="variance left at the targets")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.set_title("once the round is labelled", **NOTE)
     return _png(figure)
 
 

@@ -62,7 +62,7 @@ def trainable_names(model: nn.Module, trainable: str | Sequence[str]) -> list[st
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write named tensors as safetensors."""
     safetensors.torch.save_file({k: v.detach().contiguous() for k, v in weights.items()}, path)
 

@@ -46,6 +46,7 @@ class TrackedCell:
     settings, finetune of the strategy and of the training; logged with their prefix
     scores             by split, then by name, as in {"test": {"accuracy": 0.9}}
     curve              mean training loss of each tenth of the steps
+    picks              by name, (number of the pick, value): what a greedy choice gained on the way
     digest, source     the generation's identity, and where its examples landed
     ended              Unix time at which the cell was finished, in seconds
     """
@@ -63,6 +64,7 @@ class TrackedCell:
     train_seconds: float
     digest: str
     source: str
+    picks: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     ended: float = field(default_factory=time.time)
 
     @property
@@ -328,6 +330,8 @@ def _log_cell(
     for split, scores in cell.scores.items():
         metrics |= {f"{split}/{key}": value for key, value in scores.items()}
     curve = [Metric("train/loss", v, end, tenth) for tenth, v in enumerate(cell.curve, 1)]
+    for name, points in cell.picks.items():
+        client.log_batch(run_id, [Metric(f"select/{name}", v, end, pick) for pick, v in points])
     client.log_batch(
         run_id,
         metrics=[Metric(key, value, end, 0) for key, value in metrics.items()] + curve,

@@ -7,8 +7,17 @@ from typing import Any
 
 from dsel_assets.models import Builder
 from dsel_assets.selection.attribution import attribution
-from dsel_assets.selection.bads import Bads, infer_weights
+from dsel_assets.selection.bads import Bads, BadsJoint, infer_weights
 from dsel_assets.selection.baselines import Full, Random, TargetOnly
+from dsel_assets.selection.confident import Confident
+from dsel_assets.selection.diversity import (
+    Badge,
+    Facility,
+    FacilityTarget,
+    KMeansPlusPlus,
+    ProbCover,
+    TypiClust,
+)
 from dsel_assets.selection.geometry import Adaptive, Herding, KCenter, Leverage
 from dsel_assets.selection.gradmatch import Gradmatch
 from dsel_assets.selection.interface import (
@@ -22,7 +31,10 @@ from dsel_assets.selection.interface import (
     State,
 )
 from dsel_assets.selection.itl import Itl, select_informative
+from dsel_assets.selection.similarity import Cosine, InformationDensity
 from dsel_assets.selection.skmm import Skmm, match_moments, select_matching
+from dsel_assets.selection.smallloss import SmallLoss
+from dsel_assets.selection.uncertainty import Entropy, LeastConfidence, Margin
 
 STRATEGIES: dict[str, type[Selector]] = {
     selector.name: selector
@@ -32,12 +44,26 @@ STRATEGIES: dict[str, type[Selector]] = {
         TargetOnly,
         Skmm,
         Bads,
+        BadsJoint,
+        SmallLoss,
+        Confident,
         Itl,
         Gradmatch,
         KCenter,
         Herding,
         Adaptive,
         Leverage,
+        Cosine,
+        InformationDensity,
+        Entropy,
+        Margin,
+        LeastConfidence,
+        KMeansPlusPlus,
+        Badge,
+        TypiClust,
+        ProbCover,
+        Facility,
+        FacilityTarget,
     )
 }
 

@@ -54,3 +54,13 @@ def chunks(array: Array) -> Iterator[Array]:
     rows = max(1, CHUNK // max(1, array[:1].size))
     for start in range(0, len(array), rows):
         yield array[start : start + rows]
+
+
+def directions(rows: Array, centre: Array) -> Array:
+    """Rows [N, d] seen from a centre [d], each of unit norm: float32, zeros where a row is there.
+
+    Centring takes out what all rows share, unit norm the bias towards long ones.
+    """
+    moved = (rows - centre).astype(np.float32)
+    norms = np.linalg.norm(moved, axis=1, keepdims=True)
+    return moved / np.where(norms > 0, norms, 1)

@@ -8,113 +8,280 @@ weight goes up. The prior holds the mean weight at beta, the believed useful fra
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
+from tqdm import tqdm
 
 from dsel_assets.data.examples import Examples
-from dsel_assets.finetuning import shuffled_batches
+from dsel_assets.selection.chain import (
+    BLOCK,
+    Chain,
+    Data,
+    Member,
+    Settings,
+    network_scores,
+)
+from dsel_assets.selection.guards import Neighbourhood, guards
 from dsel_assets.selection.interface import Choice, Needs, Selector, State
+from dsel_assets.selection.posterior import Floats, merge, rank_correlation
+from dsel_assets.selection.scored import first_of_each
+from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.weighting import logit
 
-META_FACTOR = 1.0  # of the target's mean loss against the pool's weighted mean loss
-STEP = 1.0  # of a logit, in units of 1 / nat: a visit moves it by STEP * w(1-w) * force
-JITTER = 1e-5  # the paper's fixed noise (App. E.2)
-LEARNING_RATE = 1e-3
+Ints = NDArray[np.int64]
+ADAM_RATE = 1e-3
+SGLD_RATE = 1e-2
+CONTINUED = 4  # a warm chain has one in so many of a fresh chain's steps
 
 
 @dataclass(frozen=True)
 class Weights:
-    """mean, sd: [N] float64 of each weight over the chain's second half; diagnostics: scalars."""
+    """What the chains found; [N] in the order of the pool.
 
-    mean: NDArray[np.float64]
-    sd: NDArray[np.float64]
+    mean, sd    [N] float64 of each weight over the samples; a mode's sd is as honest as the mode
+    ess         [N] float64 effective number of samples, by batch means; None with too few samples
+    agreement   [N] float64 R-hat between chains, about 1 where they agree; None for one chain
+    losses      [N] float32 nats under the joint model of the last chain, in eval mode
+    outside     [N] bool: farther from the target than the target is from itself (`Neighbourhood`)
+    model       the caller's, as the last chain left it
+    members     where each chain ended: for `start`, and to score new rows
+    diagnostics scalars
+    """
+
+    mean: Floats
+    sd: Floats
+    ess: Floats | None
+    agreement: Floats | None
+    losses: NDArray[np.float32]
+    outside: NDArray[np.bool_]
+    model: nn.Module
+    members: Sequence[Member]
     diagnostics: dict[str, Any]
+
+    def score(self, inputs: Tensor, labels: Tensor) -> Floats:
+        """[n] weights of rows that no chain has seen, by the weight networks, mean over chains."""
+        return network_scores(self.model, self.members, (inputs, labels))
 
 
 def infer_weights(
     model: nn.Module,
-    train: tuple[Tensor, Tensor],
-    target: tuple[Tensor, Tensor],
+    train: Data,
+    target: Data,
     *,
     beta: float = 0.5,
     sigma: float = 0.05,
-    mode: Literal["paper"] = "paper",
+    mode: Literal["paper", "sgld"] = "paper",
+    weighting: Literal["each", "network"] = "each",
     chains: int = 1,
     seed: int = 0,
     steps: int = 1000,
     batch_size: int = 100,
+    target_batch: int = 256,
+    meta: float = 1.0,
+    temperature: float = 1.0,
+    precision: float = 1.0,
+    hidden: int = 100,
+    rate: float | None = None,
+    step: float | None = None,
+    thin: int | None = None,
+    tolerance: float | None = None,
+    start: Sequence[Member] | None = None,
+    folder: str | Path | None = None,
+    save_every: int = 500,
+    progress: bool = False,
 ) -> Weights:
     """Posterior mean and sd of one weight in [0, 1] per pool example.
 
-    model is trained in place (pass a copy). train and target are inputs [N, ...] float32 and labels
-    [N] int64. In per-example units, with l_i the loss of example i:
+    model is trained in place (pass a copy) and ends as the last chain's joint model. train and
+    target are inputs [N, ...] and labels [N] int64. In per-example units, with l_i the cross
+    entropy of example i in nats, N times
 
-        network   mean_B(w_i l_i) + mean_T(l_j)                      (Eq. 5, rho_theta^m = N_t/N_m)
-        weights   mean_i(w_i l_i) + (mean_i w_i - beta)^2 / (2 sigma^2)            (Eq. 7 and 8)
+        mean_i(w_i l_i) + meta mean_T(l_j) + (mean_i w_i - beta)^2 / (2 sigma^2)
 
-    The gradient of the prior is rescaled by N/|B|, so that mini-batches are unbiased (the paper's
-    Eq. 9 is not), and the mean weight is exact, not a running average. Mode `paper` is the
-    optimiser's step plus a fixed small noise: a MAP estimate with jitter, and the sd says how much
-    the weight still moved, no more. ValueError for an empty train or target set or another mode.
+    plus the Gaussian prior of the network is minus the logarithm of what is sampled (Eq. 5 to 8;
+    `weighting` maps the paper's sigma to ours). It is the *unnormalised* joint: p(theta | w) has a
+    normaliser that depends on w and that the paper leaves out, so that this is not the posterior of
+    the hierarchy that the paper writes down, but of one with another prior on w. meta = 1 is the
+    paper's rho = N_t / N_m; literal Bayes is meta = N_m / N_t.
+
+    mode      `paper`: Adam, or a plain step on a logit, plus a fixed noise of 1e-5: a MAP estimate
+              with jitter, whose sd says how much a weight still moved and no more; O(batch) a step.
+              `sgld`: Langevin dynamics on all coordinates, with the Jacobian of the logits; its
+              noise costs O(N) a step, which above some 10^6 examples outweighs the network
+    weighting `each`: a logit an example. `network`: one hidden layer on the detached input of the
+              model's last layer and the label; scores rows that it has never seen. hidden = 0 gives
+              a linear head, which can't tell noisy labels from clean ones
+    steps     of each chain. The samples are those of the second half, one every `thin` steps (None:
+              one a pass over the pool)
+    tolerance stop once the posterior means of steps T/4 to T/2 and T/2 to T have a rank correlation
+              of 1 - tolerance, looked at where T is an eighth, a quarter or half of `steps`
+    temperature of sgld; 1 is the posterior. precision: of the network's zero-mean Gaussian prior
+    rate      of the network: Adam's (None: 1e-3), or the Langevin step on the target / N (1e-2)
+    step      of a logit, in the posterior's units: `paper` moves it by step * gradient, `sgld` by
+              step/2 * gradient; of a weight network as `rate`. None: as large as the prior's valley
+              allows, at most 1
+    target_batch target rows a step, all of them if there are no more
+    start     where earlier chains over the same rows ended; they go on from there
+    folder    holds a checkpoint a chain, written every `save_every` steps, and the disk behind
+              logits and moments. A killed call that is repeated ends with the same bits on a CPU
+
+    ValueError for an empty train or target set, a setting out of range, and for a folder that holds
+    another call's chains, which names what differs.
     """
-    inputs, labels = train
-    target_inputs, target_labels = target
-    if len(inputs) == 0 or len(target_inputs) == 0:
+    rows = len(train[0])
+    if rows == 0 or len(target[0]) == 0:
         raise ValueError("infer_weights needs at least one pool and one target example")
-    if mode != "paper" or chains != 1:
-        raise ValueError("infer_weights: only mode='paper' with one chain is there so far")
-    rows = len(inputs)
-    logits = torch.full((rows,), float(torch.logit(torch.tensor(beta, dtype=torch.float64))))
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
-    )
-    batches = shuffled_batches(rows, batch_size, seed)
-    total, squares, kept = torch.zeros(rows).double(), torch.zeros(rows).double(), 0
-    every = max(1, rows // batch_size)  # one sample a pass over the pool, the last step among them
-    # where a batch is much of the pool, a full step would overshoot the prior's narrow valley
-    step_size = min(STEP, 16 * sigma**2 * max(1.0, rows / batch_size))
-    torch.manual_seed(seed)  # dropout, where a model has it
-    model.train()
-    for step in range(steps):
-        batch = next(batches)
-        losses = F.cross_entropy(model(inputs[batch]), labels[batch], reduction="none")
-        meta = F.cross_entropy(model(target_inputs), target_labels)
-        weights = logits.sigmoid()
-        optimiser.zero_grad(set_to_none=True)
-        ((weights[batch] * losses).mean() + META_FACTOR * meta).backward()
-        optimiser.step()
-        force = losses.detach() + (weights.mean() - beta) / sigma**2
-        here = weights[batch]
-        noise = JITTER * torch.randn(len(batch), generator=generator)
-        # a batch at the seam of two passes may hold a row twice, and both count
-        logits.index_add_(0, batch, noise - step_size * here * (1 - here) * force)
-        if step >= steps // 2 and (steps - 1 - step) % every == 0:
-            weights = logits.sigmoid().double()
-            total += weights
-            squares += weights.square()
-            kept += 1
-    model.eval()
-    mean = total / kept
-    sd = (squares / kept - mean.square()).clamp_min(0).sqrt()
+    size = min(batch_size, rows)
+    # in a full step an overshoot of the prior's narrow valley would not die out
+    valley = sigma**2 * max(1.0, rows / size)
+    if weighting == "each":
+        fitting = min(1.0, 16 * valley) if mode == "paper" else min(0.5 * size / rows, 4 * sigma**2)
+    else:
+        fitting = ADAM_RATE if mode == "paper" else sigma**2 / 25
+    settings = Settings(
+        beta=beta, sigma=sigma, mode=mode, weighting=weighting, hidden=hidden, seed=seed,
+        steps=steps, batch_size=batch_size, target_batch=target_batch, meta=meta,
+        temperature=temperature, precision=precision,
+        rate=(ADAM_RATE if mode == "paper" else SGLD_RATE) if rate is None else rate,
+        step=fitting if step is None else step,
+        thin=max(1, rows // size) if thin is None else thin,
+        tolerance=tolerance,
+    )  # fmt: skip
+    _check(settings, chains, start, rows)
+    folder = None if folder is None else Path(folder)
+    made_of = {} if folder is None else _fingerprints(model, train, target, start)
+    initial = deepcopy(model.state_dict())
+    found, members = [], []
+    with torch.random.fork_rng(), tqdm(total=chains * steps, disable=not progress) as bar:
+        for number in range(chains):
+            model.load_state_dict(initial)
+            chain = Chain(
+                model, train, target, settings,
+                number=number, folder=folder, made_of=made_of,
+                start=None if start is None else start[number],
+            )  # fmt: skip
+            try:
+                bar.update(chain.done)
+                chain.run(save_every=save_every, tick=bar.update)
+                if number == chains - 1:
+                    losses, outside = _examined(chain)
+            finally:
+                chain.tap.remove()
+            found.append(chain)
+            members.append(chain.member())
+    posterior = merge([chain.moments for chain in found])
+    means = [chain.moments.mean for chain in found]
+    settled = [chain.stability for chain in found if chain.stability is not None]
+    each = [member.logits for member in members if member.logits is not None]
+    diagnostics = guards(posterior.mean, losses, outside, beta, each) | {
+        "steps": sum(chain.done for chain in found),
+        "samples": posterior.samples,
+        "step_of_a_weight": settings.step,
+        "rank_stability": min(settled, default=None),
+        "chain_correlation": min(
+            (rank_correlation(a, b) for i, a in enumerate(means) for b in means[:i]), default=None
+        ),
+        "median_ess": None if posterior.ess is None else float(np.median(posterior.ess)),
+        "median_r_hat": None
+        if posterior.agreement is None
+        else float(np.median(posterior.agreement)),
+    }
+
     return Weights(
-        mean.numpy(),
-        sd.numpy(),
-        {"mean_weight": float(mean.mean()), "beta": beta, "steps": steps, "samples": kept},
-    )
+        posterior.mean, posterior.sd, posterior.ess, posterior.agreement,
+        losses, outside, model, members, diagnostics,
+    )  # fmt: skip
+
+
+def _check(settings: Settings, chains: int, start: Sequence[Member] | None, rows: int) -> None:
+    s = settings
+    allowed = {
+        "beta in (0, 1)": 0 < s.beta < 1,
+        "sigma > 0": s.sigma > 0,
+        "mode 'paper' or 'sgld'": s.mode in ("paper", "sgld"),
+        "weighting 'each' or 'network'": s.weighting in ("each", "network"),
+        "at least one chain": chains >= 1,
+        "at least one step": s.steps >= 1,
+        "at least one row a batch": min(s.batch_size, s.target_batch) >= 1,
+        "thin >= 1": s.thin >= 1,
+        "meta, temperature, precision and hidden >= 0": min(
+            s.meta, s.temperature, s.precision, s.hidden
+        ) >= 0,
+        "rate and step >= 0": min(s.rate, s.step) >= 0,
+        "as many starts as chains": start is None or len(start) == chains,
+        "a start of as many rows": start is None
+        or all(member.logits is None or len(member.logits) == rows for member in start),
+    }  # fmt: skip
+    for what, holds in allowed.items():
+        if not holds:
+            raise ValueError(f"infer_weights needs {what}")
+
+
+def _fingerprints(
+    model: nn.Module, train: Data, target: Data, start: Sequence[Member] | None
+) -> dict[str, str]:
+    """What a checkpoint must agree in, beside the settings."""
+    parts: dict[str, Iterable[Tensor]] = {
+        "model": model.state_dict().values(),
+        "train": train,
+        "target": target,
+        "start": [t for m in start or () for t in (*m.joint.values(), *_own(m))],
+    }
+    return {name: _digest(tensors) for name, tensors in parts.items()}
+
+
+def _own(member: Member) -> list[Tensor]:
+    return [*(() if member.logits is None else [member.logits]), *(member.network or {}).values()]
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    found = blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def _examined(chain: Chain) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Losses of the pool, and which rows lie outside the target, under the chain's model."""
+    target = torch.cat([block.embeddings for block in chain.examine(chain.target)])
+    near = Neighbourhood(target, chain.target[1])
+    losses, outside = np.empty(chain.rows, np.float32), np.empty(chain.rows, bool)
+    for i, block in enumerate(chain.examine(chain.train)):
+        part = slice(i * BLOCK, (i + 1) * BLOCK)
+        losses[part] = block.losses
+        outside[part] = near.outside(block.embeddings, block.labels)
+    return losses, outside
 
 
 class Bads(Selector):
-    """Chooses by the inferred weights; one chain a seed serves all budgets."""
+    """Chooses by the inferred weights; the chains of a seed serve all budgets and quotas.
+
+    pick: `sample` draws without replacement in proportion to the mean weight (Gumbel-top-k); `top`
+    takes the largest means; `lower` the largest mean - sd; `bernoulli` is sequential Poisson
+    sampling, where each row's chance is its mean weight times budget / sum of the weights, as far
+    as that is below 1. All are nested.
+
+    The state holds ids, logits or weight networks, and joint models. A warm start goes on from it
+    for a quarter of the steps; rows that it does not know begin at their score by the weight
+    network, or at beta. With `compare_cold` fresh chains run too, and the diagnostics say how far
+    they are: rank correlation of the means, and the share of the choice that they share.
+
+    The other settings are those of `infer_weights`. With a `scratch` folder, chains that were
+    killed go on from their last checkpoint.
+    """
 
     name = "bads"
+    version = 2
     needs = Needs.TARGET | Needs.LABELS | Needs.MODEL
 
     def __init__(
@@ -122,66 +289,189 @@ class Bads(Selector):
         *,
         model: Callable[[], nn.Module],
         trainable: Sequence[str] | None = None,
-        beta: float = 0.5,
-        sigma: float = 0.05,
-        steps: int = 1000,
-        batch_size: int = 100,
-        pick: Literal["sample", "top"] = "sample",
+        pick: Literal["sample", "top", "lower", "bernoulli"] = "sample",
+        compare_cold: bool = False,
+        **settings: Any,
     ) -> None:
         self.model, self.trainable = model, trainable
-        self.beta, self.sigma = beta, sigma
-        self.steps, self.batch_size, self.pick = steps, batch_size, pick
-        self._chain: _Chain | None = None
+        self.pick, self.compare_cold, self.settings = pick, compare_cold, settings
+        self._runs: dict[bool, _Run] = {}  # the last warm one and the last cold one
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
         """The first n of the ranking, which depends on the seed and not on the budget."""
+        strata = Strata.whole(len(pool), n)
+        return self.choose_within(pool, target, strata, seed=seed, warm=warm)
+
+    def choose_within(
+        self,
+        pool: Examples,
+        target: Examples | None,
+        strata: Strata,
+        *,
+        seed: int,
+        warm: State | None,
+    ) -> Choice:
+        """The first of each part, as many as its quota, in the order of the whole ranking."""
         assert target is not None
-        key = (seed, *(_digest(part) for e in (pool, target) for part in (e.inputs, e.labels)))
-        known = self._chain is not None and self._chain.key == key
-        if not known:
-            self._chain = self._run(key, pool, target, seed)
-        assert self._chain is not None
-        weights, rows = self._chain.weights, self._chain.ranking[:n]
+        run, seconds = self._run(pool, target, seed, warm)
+        weights, rows = run.weights, first_of_each(run.order, strata)
+        scores: dict[str, NDArray] = {
+            "weight_mean": weights.mean,
+            "weight_sd": weights.sd,
+            "loss": weights.losses,
+        }
+        diagnostics = weights.diagnostics | {
+            "mean_weight_chosen": float(weights.mean[rows].mean()),
+            "outside_share_chosen": float(weights.outside[rows].mean()),
+        }
+        if warm and self.compare_cold:
+            cold, more = self._run(pool, target, seed, None)
+            seconds += more
+            shared = np.intersect1d(rows, first_of_each(cold.order, strata))
+            diagnostics |= {
+                "cold_rank_correlation": rank_correlation(weights.mean, cold.weights.mean),
+                "cold_overlap": len(shared) / len(rows),
+            }
         return Choice(
             rows,
-            {"weight_mean": weights.mean[rows], "weight_sd": weights.sd[rows]},
-            {**weights.diagnostics, "mean_weight_chosen": float(weights.mean[rows].mean())},
-            spent=self._chain.seconds if known else 0.0,
+            {name: column[rows] for name, column in scores.items()},
+            diagnostics,
+            _state(pool.ids, weights.members),
+            spent=seconds,
         )
 
-    def _run(self, key: tuple[Any, ...], pool: Examples, target: Examples, seed: int) -> _Chain:
-        assert pool.inputs is not None and target.inputs is not None
+    def _run(
+        self, pool: Examples, target: Examples, seed: int, warm: State | None
+    ) -> tuple[_Run, float]:
+        """The chains of this seed and data, and the seconds that an earlier call spent on them."""
+        key = _key(pool, target, seed, warm)
+        known = self._runs.get(bool(warm))
+        if known is not None and known.key == key:
+            return known, known.seconds
         started = time.perf_counter()
-        model = self.model()
+        assert pool.inputs is not None and target.inputs is not None
+        model, settings = self.model(), dict(self.settings)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trainable is None or name in self.trainable)
+        if warm:
+            start = _members(warm, pool.ids, settings.get("beta", 0.5))
+            steps = -(-settings.get("steps", 1000) // CONTINUED)
+            settings |= {"start": start, "chains": len(start), "steps": steps}
         weights = infer_weights(
             model,
             (torch.from_numpy(pool.inputs), torch.from_numpy(pool.labels)),
             (torch.from_numpy(target.inputs), torch.from_numpy(target.labels)),
-            beta=self.beta,
-            sigma=self.sigma,
-            steps=self.steps,
-            batch_size=self.batch_size,
             seed=seed,
+            folder=None if self.scratch is None else self.scratch / key.hex()[:20],
+            **settings,
         )
-        score = np.log(np.maximum(weights.mean, 1e-12))
-        if self.pick == "sample":  # Gumbel-top-k: sampling without replacement, nested in n
-            score = score + np.random.default_rng(seed).gumbel(size=len(score))
-        ranking = np.argsort(-score, kind="stable")
-        return _Chain(key, weights, ranking, time.perf_counter() - started)
+        order = ranking(weights, self.pick, seed)
+        run = self._runs[bool(warm)] = _Run(key, weights, order, time.perf_counter() - started)
+        return run, 0.0
+
+
+class BadsJoint(Bads):
+    """The paper's own protocol: nothing is chosen, the model of the run itself is the result.
+
+    All of the pool, each example weighted by its posterior mean, and the last chain's joint model
+    in the place of a finetuned one. It had the steps of the chain, not those of the finetuning.
+    """
+
+    name = "bads_joint"
+    whole = True
+
+    def size(self, limit: int, rows: int) -> int:
+        """All of them."""
+        return rows
+
+    def choose_within(
+        self,
+        pool: Examples,
+        target: Examples | None,
+        strata: Strata,
+        *,
+        seed: int,
+        warm: State | None,
+    ) -> Choice:
+        """All rows by falling weight."""
+        assert target is not None
+        run, seconds = self._run(pool, target, seed, warm)
+        mean, members = run.weights.mean[run.order], run.weights.members
+        return Choice(
+            run.order,
+            {"weight_mean": mean, "weight_sd": run.weights.sd[run.order]},
+            run.weights.diagnostics,
+            _state(pool.ids, members),
+            spent=seconds,
+            weights=mean / mean.mean(),
+            model=members[-1].joint,
+        )
 
 
 @dataclass(frozen=True)
-class _Chain:
-    key: tuple[Any, ...]
+class _Run:
+    key: bytes
     weights: Weights
-    ranking: NDArray[np.int64]
+    order: Ints
     seconds: float
 
 
-def _digest(values: NDArray | None) -> bytes:
-    assert values is not None
-    return blake2b(np.ascontiguousarray(values).data).digest()
+def ranking(weights: Weights, pick: str, seed: int) -> Ints:
+    """[N] rows of the pool, first choice first, by a rule that `Bads` names."""
+    rng = np.random.default_rng(seed)
+    score = weights.mean
+    if pick == "sample":
+        score = np.log(np.maximum(score, 1e-12)) + rng.gumbel(size=len(score))
+    elif pick == "lower":
+        score = score - weights.sd
+    elif pick == "bernoulli":
+        score = score / rng.random(len(score))
+    elif pick != "top":
+        raise ValueError(f"pick is sample, top, lower or bernoulli, not {pick!r}")
+    return np.argsort(-score, kind="stable")
+
+
+def _state(ids: NDArray[np.str_], members: Sequence[Member]) -> State:
+    state: dict[str, NDArray] = {"ids": ids}
+    for i, member in enumerate(members):
+        if member.logits is not None:
+            state[f"{i}.logits"] = member.logits.numpy()
+        for part, held in (("joint", member.joint), ("network", member.network or {})):
+            for name, value in held.items():
+                state[f"{i}.{part}.{name}"] = value.cpu().numpy()
+    return state
+
+
+def _members(state: State, ids: NDArray[np.str_], beta: float) -> list[Member]:
+    """Where the chains of an earlier pool ended, with logits for the rows of this one."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): torch.tensor(value)
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+
+    _, here, there = np.intersect1d(ids, state["ids"], return_indices=True)
+    members, number = [], 0
+    while joint := part(f"{number}.joint."):
+        logits = None
+        if f"{number}.logits" in state:
+            logits = torch.full((len(ids),), logit(beta))
+            logits[here] = torch.tensor(state[f"{number}.logits"][there])
+        members.append(Member(joint, logits, part(f"{number}.network.") or None))
+        number += 1
+    return members
+
+
+def _key(pool: Examples, target: Examples, seed: int, warm: State | None) -> bytes:
+    found = blake2b(str(seed).encode())
+    for array in (pool.inputs, pool.labels, target.inputs, target.labels):
+        assert array is not None
+        found.update(np.ascontiguousarray(array).data)
+    if warm:
+        for name, array in [("ids", pool.ids), *sorted(warm.items())]:
+            found.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return found.digest()

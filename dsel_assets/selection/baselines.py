@@ -24,6 +24,7 @@ class Full(Selector):
     """The whole pool, whatever the budget."""
 
     name = "full"
+    nested = False
     deterministic = True
     whole = True
 

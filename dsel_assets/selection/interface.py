@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.strata import Strata
@@ -67,6 +69,8 @@ class Selection:
     scores      column -> [n]: why each was chosen (rank, gain, nearest target, ...)
     diagnostics objective, convergence, coverage, seconds
     state       what a warm start needs after the next arrival
+    model       weights by name of a model that was trained along and stands for the result; None:
+                finetune on what was chosen
     """
 
     ids: NDArray[np.str_]
@@ -74,12 +78,15 @@ class Selection:
     scores: Mapping[str, NDArray]
     diagnostics: Mapping[str, Any]
     state: State = field(default_factory=dict)
+    model: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
     """A strategy's own answer: positions in the pool it was handed, the rest as in `Selection`.
 
+    weights: [n] of training, of mean 1; None: all alike
+    stopped: there are fewer than asked for because no more are worth it
     spent: seconds of work that this choice rests on and that an earlier call did
     """
 
@@ -88,6 +95,9 @@ class Choice:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     state: State = field(default_factory=dict)
     spent: float = 0.0
+    weights: Floats | None = None
+    model: Mapping[str, Tensor] | None = None
+    stopped: bool = False
 
 
 class Selector(ABC):
@@ -95,7 +105,12 @@ class Selector(ABC):
 
     The pool is sorted by id, so that the order of its rows never matters. Forbidden ids are taken
     out and required ones come first. A budget of everything or more takes everything.
+
+    scratch: a folder for what a repeated call goes on from if this one is killed; none: it begins
+    anew.
     """
+
+    scratch: Path | None = None
 
     name: ClassVar[str]
     version: ClassVar[int] = 1  # of its code: a higher one makes its earlier selections stale
@@ -186,25 +201,28 @@ class Selector(ABC):
         strata = self._strata(pool, first, size, constraints)
         if n == 0:
             choice = Choice(np.array([], dtype=np.int64))
-        elif n == len(rest) and (self.whole or not self.nested):
+        elif n == len(rest) and not self.nested:
             choice = Choice(np.arange(n))
         elif strata is not None:
             choice = self.choose_within(pool.take(rest), target, strata, seed=seed, warm=warm)
         else:
             choice = self.choose(pool.take(rest), target, n, seed=seed, warm=warm)
         rows = np.concatenate([first, rest[choice.rows]])
-        if len(np.unique(rows)) != n + len(first):
+        fewer = choice.stopped and len(choice.rows) < n
+        if len(np.unique(rows)) != len(rows) or (len(choice.rows) != n and not fewer):
             raise AssertionError(
-                f"{self.name} chose {len(rows)} rows that are not {n} distinct ones"
+                f"{self.name} chose {len(choice.rows)} rows that are not {n} distinct ones"
             )
         seconds = time.perf_counter() - started + choice.spent
         scores = {name: _after(len(first), column) for name, column in choice.scores.items()}
+        weights = np.ones(len(choice.rows)) if choice.weights is None else choice.weights
         return Selection(
             ids=pool.ids[rows],
-            weights=np.ones(len(rows)),
+            weights=np.append(np.ones(len(first)), weights),
             scores={"rank": np.arange(1, len(rows) + 1)} | scores,
             diagnostics={**choice.diagnostics, "seconds": seconds},
             state=choice.state,
+            model=choice.model,
         )
 
     def _strata(

@@ -37,16 +37,21 @@ class Arrival:
 
 
 def landed(ws: Workspace) -> list[Landed]:
-    """Files of the landing folder with a known ending, by name. Folders in it are not entered."""
+    """Files of the landing folder."""
+    return files_in(ws.landing)
+
+
+def files_in(folder: str) -> list[Landed]:
+    """Files of a folder or URL with a known ending, by name. Folders in it are not entered."""
     import fsspec
 
-    files, root = fsspec.core.url_to_fs(ws.landing)
+    files, root = fsspec.core.url_to_fs(folder)
     if not files.isdir(root):
         return []
     found = []
     for info in files.ls(root, detail=True):
         if info["type"] == "file" and info["name"].lower().endswith(ENDINGS):
-            path = info["name"] if "://" not in ws.landing else files.unstrip_protocol(info["name"])
+            path = info["name"] if "://" not in folder else files.unstrip_protocol(info["name"])
             modified = str(info.get("mtime") or info.get("LastModified") or info.get("etag") or "")
             found.append(Landed(path, int(info["size"] or 0), modified))
     return sorted(found, key=lambda file: file.path)

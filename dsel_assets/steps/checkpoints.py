@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -30,10 +31,15 @@ def finetune(ws: Workspace, generation: Generation, strategy: str) -> list[Entry
 
 
 def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
+    selection = ws.store.get(ws.task.name, "subsets", cell.selection)
+    subset = pq.read_table(selection.file("rows.parquet"))
+    if WEIGHTS in selection.manifest["files"]:  # the strategy trained the model itself
+        with ws.store.write(ws.task.name, "checkpoints", cell.checkpoint) as draft:
+            shutil.copyfile(selection.file(WEIGHTS), draft.path / WEIGHTS)
+            draft.rows = len(subset)
+            draft.summary = {"curve": []}
+        return
     pool = load_pool(ws, generation)[0]
-    subset = pq.read_table(
-        ws.store.get(ws.task.name, "subsets", cell.selection).file("rows.parquet")
-    )
     place = {example_id: row for row, example_id in enumerate(pool.ids)}
     chosen = pool.take(
         np.array([place[i] for i in subset["example_id"].to_pylist()], dtype=np.int64)

@@ -37,12 +37,12 @@ from dsel_assets.task import TaskError
 VERSION = 2
 
 
-def contract(ws: Workspace) -> Contract:
+def contract(ws: Workspace, labelled: bool = True) -> Contract:
     """The schema of the task as what the readers check."""
     schema = ws.task.pool.columns
     return Contract(
         input=schema.input,
-        label=schema.label,
+        label=schema.label if labelled else None,
         group=schema.group,
         id=schema.id,
         kind=schema.kind,
@@ -84,7 +84,7 @@ def shared_inputs(ws: Workspace, similarity: float | None = None) -> dict[str, i
 def _shared(ws: Workspace, one: Examples, other: Examples, similarity: float | None) -> int:
     assert one.inputs is not None and other.inputs is not None
     if similarity is None:
-        return len(set(_inputs(one)) & set(_inputs(other)))
+        return len(set(input_digests(one)) & set(input_digests(other)))
     kind = ws.task.pool.columns.kind
     return len(find_leaks(one.inputs, other.inputs, threshold=similarity, kind=kind)[0])
 
@@ -112,7 +112,7 @@ def ingest(ws: Workspace, key: str) -> Entry:
         found = validate([], contract(ws), key)
         line = quarantine_table([(key, None, None, UNREADABLE_FILE, error.why)])
         found = Validated(found.examples, line, 0, 1)
-    examples, leaks = _without_leaks(ws, key, found.examples, evaluation)
+    examples, leaks = without_leaks(ws, key, found.examples, evaluation)
     quarantine = pa.concat_tables([found.quarantine, leaks])
     with ws.store.write(ws.task.name, "pool", fields) as draft:
         constants = {"task": ws.task.name, "arrival": key}
@@ -206,14 +206,16 @@ def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str,
     draft.rows = len(examples)
 
 
-def _inputs(examples: Examples) -> NDArray[np.str_]:
+def input_digests(examples: Examples) -> NDArray[np.str_]:
+    """[N] what an example would be known by if it had no label."""
     assert examples.inputs is not None
     return example_ids(examples.inputs, [""] * len(examples))
 
 
-def _without_leaks(
+def without_leaks(
     ws: Workspace, key: str, examples: Examples, evaluation: dict[str, Entry]
 ) -> tuple[Examples, pa.Table]:
+    """The examples that stand in no evaluation set, exactly or nearly; the others as quarantine."""
     clean, refused = np.ones(len(examples), dtype=bool), []
     for split, entry in evaluation.items():
         known = load_examples(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
+from dsel_assets.data import Examples
+from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry
-from dsel_assets.selection import STRATEGIES, Budget, Selection, make_selector
+from dsel_assets.selection import STRATEGIES, Budget, Selection, Selector, make_selector
+from dsel_assets.selection.guards import ALARMS
 from dsel_assets.steps.cells import Cell, cells
 from dsel_assets.steps.generation import Generation, load_pool, load_target
-from dsel_assets.steps.model import base_builder, trainable_shapes
+from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
 from dsel_assets.steps.parallel import each
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import warn_about_budgets
@@ -43,14 +48,30 @@ def _select(ws: Workspace, generation: Generation, strategy: str, group: list[Ce
     selector = make_selector(
         strategy, ws.task.settings(strategy), model=base_builder(ws), trainable=trainable
     )
-    for cell in group:
-        with ws.store.write(ws.task.name, "subsets", cell.selection) as draft:
-            budget = Budget(min(cell.budget, len(pool)))
-            chosen = selector.select(pool, target, budget, seed=cell.seed)
-            table = _table(ws, cell.identities["subsets"], chosen)
-            pq.write_table(table, draft.path / "rows.parquet")
-            draft.rows = len(chosen.ids)
-            draft.summary = {key: _plain(value) for key, value in chosen.diagnostics.items()}
+    scratch = ws.store.folder(ws.task.name, "scratch")
+    scratch.mkdir(parents=True, exist_ok=True)
+    name = f"{strategy}-{group[0].seed}"
+    # of two processes with the same work the second waits, and then finds it done
+    with FileLock(scratch / f"{name}.lock"):
+        selector.scratch = scratch / name
+        for cell in group:
+            if ws.store.find(ws.task.name, "subsets", cell.selection) is None:
+                _write(ws, cell, selector, pool, target)
+        shutil.rmtree(selector.scratch, ignore_errors=True)
+
+
+def _write(
+    ws: Workspace, cell: Cell, selector: Selector, pool: Examples, target: Examples | None
+) -> None:
+    with ws.store.write(ws.task.name, "subsets", cell.selection) as draft:
+        budget = Budget(min(cell.budget, len(pool)))
+        chosen = selector.select(pool, target, budget, seed=cell.seed)
+        table = _table(ws, cell.identities["subsets"], chosen)
+        pq.write_table(table, draft.path / "rows.parquet")
+        if chosen.model is not None:
+            save_weights(chosen.model, draft.path / WEIGHTS)
+        draft.rows = len(chosen.ids)
+        draft.summary = {key: _plain(value) for key, value in chosen.diagnostics.items()}
 
 
 def _table(ws: Workspace, name: str, selection: Selection) -> pa.Table:
@@ -75,6 +96,36 @@ def chosen_ids(entry: Entry) -> list[str]:
     return pq.read_table(entry.file("rows.parquet"), columns=["example_id"])[
         "example_id"
     ].to_pylist()
+
+
+PER_PICK = ("gain", "variance_left", "worst_variance_left")
+
+
+def per_pick(entry: Entry) -> dict[str, list[float]]:
+    """What a greedy choice about targets says of each pick; nothing for other strategies."""
+    file = entry.file("rows.parquet")
+    if not set(PER_PICK) <= set(pq.read_schema(file).names):
+        return {}
+    table = pq.read_table(file, columns=list(PER_PICK))
+    return {name: table[name].to_pylist() for name in PER_PICK}
+
+
+def alarms(ws: Workspace, generation: Generation) -> list[dict[str, Any]]:
+    """Of each strategy that watches itself and each budget, in how many seeds an alarm was on."""
+    found: dict[tuple[str, int], list[Entry]] = {}
+    for cell in cells(ws, generation):
+        entry = ws.store.get(ws.task.name, "subsets", cell.selection)
+        if ALARMS.keys() <= entry.summary.keys():
+            found.setdefault((cell.strategy, cell.budget), []).append(entry)
+    return [
+        {"strategy": strategy, "budget": budget, "seeds": len(entries)}
+        | {name: sum(entry.summary[name] for entry in entries) for name in ALARMS}
+        | {
+            name: float(np.mean([entry.summary[name] for entry in entries]))
+            for name in ("mean_weight", "weight_loss_correlation", "outside_share_top")
+        }
+        for (strategy, budget), entries in found.items()
+    ]
 
 
 CHANCE = 3.0  # standard deviations by which chance alone hardly departs

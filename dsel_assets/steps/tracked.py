@@ -6,7 +6,16 @@ from dsel_assets.resources.store import MANIFEST
 from dsel_assets.resources.tracking import TrackedCell
 from dsel_assets.steps.cells import artifacts, cells
 from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.subsets import per_pick
 from dsel_assets.steps.workspace import Workspace
+
+POINTS = 100  # of a curve: MLflow's limit of a batch is 1,000
+
+
+def thinned(column: list[float]) -> list[tuple[int, float]]:
+    """(pick, value) of at most POINTS picks, evenly apart, the last among them."""
+    step = max(1, -(-len(column) // POINTS))
+    return [(i + 1, column[i]) for i in range((len(column) - 1) % step, len(column), step)]
 
 
 def tracked_cells(ws: Workspace, generation: Generation, strategy: str) -> list[TrackedCell]:
@@ -26,6 +35,7 @@ def tracked_cells(ws: Workspace, generation: Generation, strategy: str) -> list[
                 finetune=task.finetune.model_dump(),
                 scores=metric.summary,
                 curve=checkpoint.summary["curve"],
+                picks={name: thinned(column) for name, column in per_pick(selection).items()},
                 select_seconds=selection.summary["seconds"],
                 train_seconds=checkpoint.manifest["seconds"],
                 digest=generation.identity,

@@ -1,19 +1,24 @@
-"""Weights by inference: its gradients are unbiased, its prior holds, and the target is what counts.
+"""Weights by inference: the prior holds, the target is what counts, and what is known to fail.
 
-T4 to T7 number the tests that any implementation of the paper must pass.
+T5 to T11 number the tests that any implementation of the paper must pass; `test_chain` has the
+steps themselves.
 """
 
-from itertools import combinations
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.nn import functional as F
 
-from dsel_assets.selection import bads, infer_weights
+from dsel_assets.data.examples import Examples
+from dsel_assets.selection import Budget, Constraints, infer_weights
+from dsel_assets.selection.bads import Bads, ranking
+from dsel_assets.selection.posterior import rank_correlation
 
 
 def blobs(rows, seed=0, features=4, classes=3):
@@ -28,83 +33,6 @@ def network(features=4, classes=3, hidden=8, dropout=0.0, seed=0):
     return nn.Sequential(
         nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes)
     )
-
-
-def logit(weights):
-    return np.log(weights) - np.log1p(-weights)
-
-
-# T4: mini-batches are unbiased
-
-N, B, BETA, SIGMA = 6, 2, 0.4, 0.3
-BATCHES = [torch.tensor(rows) for rows in combinations(range(N), B)]
-
-
-def logits_after(monkeypatch, batches):
-    """Logits after these batches, with the network held where it is and no noise."""
-    monkeypatch.setattr(bads, "shuffled_batches", lambda *_: iter(batches))
-    train, target = blobs(N), blobs(5, seed=1)
-    found = infer_weights(
-        network(), train, target, beta=BETA, sigma=SIGMA, steps=len(batches), batch_size=B
-    )
-    return found
-
-
-@pytest.fixture
-def still(monkeypatch):
-    monkeypatch.setattr(bads, "JITTER", 0.0)
-    monkeypatch.setattr(bads, "LEARNING_RATE", 0.0)
-    monkeypatch.setattr(bads, "STEP", 1e-2)  # small against the bound that holds it in tiny pools
-
-
-def test_mini_batch_gradients_of_the_weights_average_to_the_full_one(still, monkeypatch):
-    """T4 for w, prior and data: a first step on all rows leaves beta, the second is on a batch."""
-    everything = torch.arange(N)
-    model, (inputs, labels) = network(), blobs(N)
-    losses = F.cross_entropy(model(inputs), labels, reduction="none").detach().double().numpy()
-    weight = BETA
-    moved = logit(BETA) - 1e-2 * weight * (1 - weight) * losses
-    weights = 1 / (1 + np.exp(-moved))
-    slope = weights * (1 - weights)
-    full = 1e-2 * slope * (losses + (weights.mean() - BETA) / SIGMA**2)
-
-    def second(batch):
-        # the recorded mean is over the chain's second half, which is its second step alone
-        mean = logits_after(monkeypatch, [everything, batch]).mean
-        return logit(mean) - moved
-
-    np.testing.assert_allclose(second(everything), -full, rtol=1e-3)
-    average = np.mean([second(batch) for batch in BATCHES], axis=0)
-    np.testing.assert_allclose(average, -full * B / N, rtol=1e-3)
-
-
-def test_only_the_rows_of_a_batch_move(still, monkeypatch):
-    for batch in BATCHES:
-        mean = logits_after(monkeypatch, [batch]).mean
-        others = np.setdiff1d(np.arange(N), batch)
-        np.testing.assert_allclose(mean[others], BETA, rtol=1e-6)
-        assert (mean[batch] < BETA).all()
-
-
-def test_mini_batch_gradients_of_the_network_average_to_the_full_one(monkeypatch):
-    """T4 for theta: mean_B(w l) + mean_T(l), the target whole at every step."""
-    train, target = blobs(N), blobs(5, seed=1)
-
-    def gradient(batch):
-        monkeypatch.setattr(bads, "shuffled_batches", lambda *_: iter([batch]))
-        model, seen = network(), []
-        for parameter in model.parameters():
-            parameter.register_hook(lambda g: seen.append(g.clone()))
-        infer_weights(model, train, target, beta=BETA, sigma=SIGMA, steps=1, batch_size=B)
-        return {tuple(g.shape): g for g in seen}
-
-    model = network()
-    loss = BETA * F.cross_entropy(model(train[0]), train[1])
-    (loss + F.cross_entropy(model(target[0]), target[1])).backward()
-    found = [gradient(batch) for batch in BATCHES]
-    for parameter in model.parameters():
-        average = torch.stack([each[tuple(parameter.shape)] for each in found]).mean(0)
-        torch.testing.assert_close(average, parameter.grad)
 
 
 # T5: the prior
@@ -125,11 +53,21 @@ def test_the_prior_pins_the_mean(beta, batch_size):
 def test_without_the_prior_the_weights_collapse():
     inputs, labels = blobs(200)
     noise = labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    with pytest.warns(UserWarning, match="collapsed: the mean weight is 0.0.*lower sigma"):
+        found = infer_weights(
+            network(), (inputs, noise), blobs(30, seed=1), beta=0.5, sigma=1e6, steps=1500,
+            batch_size=100,
+        )  # fmt: skip
+    assert found.mean.mean() < 0.1 and found.diagnostics["collapsed"]
+
+
+@pytest.mark.parametrize("given", [{"weighting": "network"}, {"mode": "sgld", "step": 0.05}])
+def test_the_prior_pins_the_mean_in_every_mode(given):
     found = infer_weights(
-        network(), (inputs, noise), blobs(30, seed=1), beta=0.5, sigma=1e6, steps=1500,
-        batch_size=100,
-    )  # fmt: skip
-    assert found.mean.mean() < 0.1
+        network(), blobs(400), blobs(30, seed=1), beta=0.3, sigma=0.05, steps=600, **given
+    )
+    assert abs(found.mean.mean() - 0.3) < 0.03
+    assert not found.diagnostics["collapsed"]
 
 
 # T6, T7: label noise
@@ -150,24 +88,203 @@ def noisy_digits(noise, kind, seed, rows=600):
     return train, clean, given == true[pool]
 
 
-def auroc(noise, kind, seed):
+def auroc(noise, kind, seed, **given):
     train, target, right = noisy_digits(noise, kind, seed)
     model = network(64, 10, hidden=64, seed=seed)
-    found = infer_weights(model, train, target, beta=1 - noise, seed=seed, steps=500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what is chosen without a target is far off
+        found = infer_weights(
+            model, train, target, beta=1 - noise, seed=seed, **({"steps": 500} | given)
+        )
     return roc_auc_score(right, found.mean)
 
 
 @pytest.mark.parametrize("noise, kind, reached, lost", [(0.8, "any", 0.98, 0.05),
                                                         (0.6, "next", 0.95, 0.5)])  # fmt: skip
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_target_is_what_tells_right_labels_from_wrong(
-    monkeypatch, noise, kind, reached, lost, seed
-):
-    with_target = auroc(noise, kind, seed)
-    monkeypatch.setattr(bads, "META_FACTOR", 0.0)
-    without = auroc(noise, kind, seed)
+def test_the_target_is_what_tells_right_labels_from_wrong(noise, kind, reached, lost):
+    with_target = auroc(noise, kind, 0)
     assert with_target > reached
-    assert without < with_target - lost
+    assert auroc(noise, kind, 0, meta=0.0) < with_target - lost
+
+
+# T11: the weight network
+
+
+def held_out(hidden):
+    """AUROC on rows that the chain has never seen, each with its label and with another."""
+    train, target, _ = noisy_digits(0.5, "any", 0)
+    found = infer_weights(
+        network(64, 10, hidden=64), train, target, beta=0.5, steps=1000, weighting="network",
+        hidden=hidden,
+    )  # fmt: skip
+    (fresh, given), _, right = noisy_digits(0.0, "any", 0, rows=1600)
+    assert right.all()
+    fresh, given = fresh[600:], given[600:]
+    scores = [found.score(fresh, labels) for labels in (given, (given + 3) % 10)]
+    return roc_auc_score(np.repeat([1, 0], len(fresh)), np.concatenate(scores))
+
+
+@pytest.fixture(scope="module")
+def with_a_hidden_layer():
+    return held_out(100)
+
+
+def test_a_weight_network_scores_rows_that_it_has_never_seen(with_a_hidden_layer):
+    assert with_a_hidden_layer > 0.9
+
+
+@pytest.mark.xfail(strict=True, reason="trap E: a linear head can't see that label and image clash")
+def test_a_linear_head_would_do():
+    assert held_out(0) > 0.7
+
+
+def test_a_network_scores_its_own_pool_as_it_weighs_it():
+    train = blobs(60)
+    found = infer_weights(
+        network(), train, blobs(9, seed=1), weighting="network", chains=2, steps=30, thin=100,
+        batch_size=20,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.score(*train), found.mean, rtol=1e-5)
+    with pytest.raises(ValueError, match="weighting='network'"):
+        infer_weights(network(), train, blobs(9, seed=1), steps=5).score(*train)
+
+
+# T9 and the other guards
+
+
+@pytest.mark.filterwarnings("ignore:bads:UserWarning")
+def test_easy_junk_gets_the_highest_weights_and_raises_an_alarm():
+    """Trap K: BADS rewards low loss, not relevance."""
+    (inputs, labels), target, right = noisy_digits(0.5, "any", 0)
+    alarm = []
+    for junk in (0, 300):
+        stripes = (torch.arange(64) % 2).float().expand(junk, 64)
+        pool = torch.cat([inputs, stripes]), torch.cat([labels, torch.full((junk,), 3)])
+        found = infer_weights(network(64, 10, hidden=64), pool, target, beta=0.5, steps=500)
+        alarm.append(found.diagnostics["easy_junk"])
+    assert alarm == [False, True]
+    mean = found.mean
+    assert mean[600:].mean() > mean[:600][right].mean() > mean[:600][~right].mean()
+    assert found.diagnostics["weight_loss_correlation"] < -0.8
+    assert found.outside[600:].all()
+
+
+def test_runaway_logits_are_told():
+    with pytest.warns(UserWarning, match="runaway"):
+        found = infer_weights(
+            network(), blobs(60), blobs(9, seed=1), step=1e5, steps=60, batch_size=10
+        )
+    assert found.diagnostics["runaway_share"] > 0.05
+
+
+# The posterior
+
+
+def test_chains_differ_and_are_merged():
+    each = {"steps": 200, "batch_size": 20, "seed": 3}
+    train, target = blobs(80), blobs(9, seed=1)
+    both = infer_weights(network(), train, target, chains=2, **each)
+    one = infer_weights(network(), train, target, chains=1, **each)
+    assert len(both.members) == 2
+    first, second = (expit(member.logits.numpy()) for member in both.members)
+    assert not np.array_equal(first, second)
+    assert torch.equal(both.members[0].logits, one.members[0].logits)
+    assert one.agreement is None and both.agreement.shape == (80,)
+    assert both.diagnostics["samples"] == 2 * one.diagnostics["samples"]
+    assert both.ess is not None and (both.ess > 0).all()
+    assert np.isfinite(both.diagnostics["chain_correlation"])
+
+
+def test_settled_ranks_end_a_chain_early_and_unsettled_ones_do_not():
+    train, target, _ = noisy_digits(0.5, "any", 0)
+    given = {"beta": 0.5, "steps": 800}
+    loose, strict = (
+        infer_weights(network(64, 10, hidden=64), train, target, tolerance=t, **given)
+        for t in (0.1, 1e-6)
+    )
+    assert loose.diagnostics["steps"] < strict.diagnostics["steps"] == 800
+    assert loose.diagnostics["rank_stability"] >= 0.9
+    assert rank_correlation(loose.mean, strict.mean) > 0.9
+
+
+# The selector
+
+
+def pool_of(rows, seed=0, prefix="e"):
+    inputs, labels = blobs(rows, seed)
+    return Examples(
+        ids=np.array([f"{prefix}{i:04d}" for i in range(rows)]),
+        labels=labels.numpy(),
+        groups=np.where(np.arange(rows) % 3, "a", "b"),
+        inputs=inputs.numpy(),
+    )
+
+
+def selector(**given):
+    return Bads(**({"model": network, "steps": 60, "batch_size": 20} | given))
+
+
+def test_each_pick_ranks_by_its_rule():
+    found = infer_weights(network(), blobs(300), blobs(9, seed=1), steps=300, batch_size=30)
+    top = ranking(found, "top", 0)
+    assert (np.diff(found.mean[top]) <= 0).all()
+    assert (np.diff((found.mean - found.sd)[ranking(found, "lower", 0)]) <= 0).all()
+    with pytest.raises(ValueError, match="pick is sample, top, lower or bernoulli, not 'best'"):
+        ranking(found, "best", 0)
+
+
+def test_bernoulli_takes_each_row_in_proportion_to_its_weight():
+    found = infer_weights(network(), blobs(40), blobs(9, seed=1), steps=2, batch_size=10)
+    weights = np.linspace(0.1, 0.9, 40)
+    found = replace(found, mean=weights)
+    n, draws = 10, 4_000
+    taken = np.zeros(40)
+    for seed in range(draws):
+        taken[ranking(found, "bernoulli", seed)[:n]] += 1
+    np.testing.assert_allclose(taken / draws, n * weights / weights.sum(), atol=0.035)
+
+
+@pytest.mark.parametrize("weighting", ["each", "network"])
+def test_after_an_arrival_a_short_chain_goes_on(weighting):
+    """Rows that were there keep their place in the ranking; the new ones get a weight at all."""
+    target = pool_of(12, 1, "t")
+    given = {"weighting": weighting, "steps": 200, "pick": "top", "batch_size": 30}
+    pool = pool_of(240)
+    old, new = pool.take(np.arange(160)), pool.take(np.random.default_rng(0).permutation(240))
+    first = selector(**given).select(old, target, Budget(20), seed=0)
+    warm = selector(compare_cold=True, **given).select(
+        new, target, Budget(20), seed=0, warm=first.state
+    )
+    cold = selector(**given).select(new, target, Budget(20), seed=0)
+    assert warm.diagnostics["steps"] == 50 and cold.diagnostics["steps"] == 200
+    shared = len(set(warm.ids) & set(cold.ids)) / 20
+    assert warm.diagnostics["cold_overlap"] == shared
+    assert warm.diagnostics["cold_rank_correlation"] > 0.3
+    assert "cold_overlap" not in cold.diagnostics
+    again = selector(**given).select(new, target, Budget(20), seed=0, warm=first.state)
+    assert again.ids.tolist() == warm.ids.tolist()
+
+
+def test_a_warm_chain_begins_where_the_last_one_ended():
+    target, pool = pool_of(12, 1, "t"), pool_of(60)
+    first = selector(pick="top").select(pool.take(np.arange(40)), target, Budget(5), seed=0)
+    still = selector(rate=0.0, step=0.0).select(pool, target, Budget(5), seed=0, warm=first.state)
+    np.testing.assert_allclose(still.state["0.logits"][:40], first.state["0.logits"], atol=1e-3)
+    np.testing.assert_allclose(still.state["0.logits"][40:], 0.0, atol=1e-3)
+    for name in [name for name in first.state if ".joint." in name]:
+        np.testing.assert_allclose(still.state[name], first.state[name], atol=1e-3)
+
+
+def test_one_chain_serves_budgets_and_quotas():
+    made, target, pool = selector(), pool_of(12, 1, "t"), pool_of(60)
+    whole = made.select(pool, target, Budget(59), seed=0)
+    run = made._runs[False]
+    quota = made.select(
+        pool, target, Budget(12), seed=0, constraints=Constraints(quotas={"group": {"a": 3}})
+    )
+    assert made._runs[False] is run
+    order = [i for i in whole.ids if i in set(quota.ids)]
+    assert quota.ids.tolist() == order
 
 
 # T12 and the edges
@@ -216,7 +333,7 @@ def test_frozen_parameters_stay_and_the_model_ends_in_eval_mode():
     assert not model.training
 
 
-def test_beta_is_where_the_weights_begin(still):
+def test_beta_is_where_the_weights_begin():
     found = infer_weights(network(), blobs(50), blobs(9, seed=1), beta=0.3, steps=1, batch_size=10)
     assert np.isclose(found.mean, 0.3, rtol=1e-6).sum() == 40
 
@@ -227,7 +344,34 @@ def test_an_empty_set_is_refused(pool, target):
         infer_weights(network(), blobs(pool), blobs(target), steps=2)
 
 
-@pytest.mark.parametrize("given", [{"mode": "sgld"}, {"chains": 2}])
-def test_what_is_not_there_yet_is_refused(given):
-    with pytest.raises(ValueError, match="mode='paper' with one chain"):
-        infer_weights(network(), blobs(5), blobs(5), steps=2, **given)
+@pytest.mark.parametrize(
+    "given, what",
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"beta": 1.0}, "beta"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"mode": "map"}, "mode"),
+        ({"weighting": "none"}, "weighting"),
+        ({"chains": 0}, "chain"),
+        ({"steps": 0}, "step"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(given, what):
+    with pytest.raises(ValueError, match=f"infer_weights needs .*{what}"):
+        infer_weights(network(), blobs(5), blobs(5), **({"steps": 2} | given))
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="no parameters"):
+        infer_weights(nn.Flatten(), blobs(5), blobs(5), steps=2)
+
+
+def test_the_model_is_left_without_hooks_and_the_generator_where_it_was():
+    model = network()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    infer_weights(model, blobs(20), blobs(5), steps=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert not any(module._forward_pre_hooks for module in model.modules())

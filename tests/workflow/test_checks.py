@@ -123,6 +123,7 @@ def test_all_metrics_give_a_verdict(done: Any, instance: Any) -> None:
     assert result.success
     found = checked(result)
     found.pop("more_than_chance")  # of ten rows or so chance can't be told
+    found.pop("weights_hold")  # nor can forty steps settle weights
     assert found.pop("complete") and all(found.values())
     assert {"verdict", "leaderboard", "budget_curve"} <= materialised(result)
 
@@ -200,3 +201,17 @@ def test_the_safe_sketches_keep_theirs(lab: Any, instance: Any, kind: str) -> No
     register_all(lab)
     result = execute(lab.task(sketch={"kind": kind}), instance, "ingest", "a")
     assert result.success and checked(result)["keeps_inner_products"]
+
+
+def test_weights_that_collapsed_are_a_warning(lab: Any, instance: Any) -> None:
+    from dsel_assets.pipeline import run
+
+    changes = {"strategies": {"bads": {"sigma": 50.0, "steps": 400}}}
+    run(lab.workspace(**changes))
+    resources()["warehouse"].initialise()
+    result = execute(lab.task(**changes), instance, "compare")
+    assert result.success  # it warns, it does not stop
+    [check] = [e for e in result.get_asset_check_evaluations() if e.check_name == "weights_hold"]
+    assert not check.passed and check.severity == dg.AssetCheckSeverity.WARN
+    assert "bads at 5: collapsed in 2 of 2 seeds" in check.metadata["alarms"].value
+    assert "lower sigma" in check.metadata["what_to_do"].value

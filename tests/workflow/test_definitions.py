@@ -125,6 +125,7 @@ def test_blocking_checks(defs: dg.Definitions) -> None:
         "sketches/fit": True,
         "hessian_spectrum/dimension_is_enough": False,
         "subsets/more_than_chance": False,
+        "subsets/weights_hold": False,
         "metrics/complete": True,
     }
 

@@ -1,0 +1,144 @@
+"""Mean, spread and reliability of many weights at once, without keeping the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Allocate = Callable[[str], Singles]
+BLOCK = 1 << 20  # entries worked on at once: what is on disk stays there
+FEWEST_BATCHES = 8  # of all chains together, below which their variance says nothing
+
+
+class Moments:
+    """Running moments of [N] values, 16 bytes each: Welford, and once more over batch means.
+
+    mean    [N] float32 of the samples so far
+    squares [N] float32 sum of squared deviations from it
+    batch   [N] float32 sum of the unfinished batch
+    between [N] float32 sum of squared deviations of the finished batches' means
+
+    A batch is `per_batch` samples in a row. allocate: makes each array of zeros by its name.
+    """
+
+    ARRAYS = ("mean", "squares", "batch", "between")
+
+    def __init__(self, allocate: Allocate, per_batch: int = 1) -> None:
+        self.mean, self.squares, self.batch, self.between = map(allocate, self.ARRAYS)
+        self.count, self.per_batch = 0, per_batch
+
+    @property
+    def batches(self) -> int:
+        """How many batches are finished."""
+        return self.count // self.per_batch
+
+    def reset(self, per_batch: int) -> None:
+        """Forget every sample."""
+        for name in self.ARRAYS:
+            getattr(self, name)[:] = 0
+        self.count, self.per_batch = 0, per_batch
+
+    def add(self, blocks: Iterator[Singles]) -> None:
+        """One sample, given in consecutive pieces that make up the [N] values."""
+        self.count += 1
+        start = 0
+        for values in blocks:
+            part = slice(start, start := start + len(values))
+            mean, batch = self.mean[part], self.batch[part]
+            delta = values - mean
+            mean += delta / self.count
+            self.squares[part] += delta * (values - mean)
+            batch += values
+            if self.count % self.per_batch == 0:
+                found = batch / self.per_batch
+                # over whole batches the mean of the samples is the mean of the batch means
+                before = mean + (mean - found) / max(1, self.batches - 1)
+                if self.batches > 1:
+                    self.between[part] += (found - before) * (found - mean)
+                batch[:] = 0
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What several chains say together.
+
+    mean, sd  [N] float64 over all samples
+    ess       [N] float64 effective number of samples by batch means, at most the number of samples;
+              None with fewer than 8 finished batches
+    agreement [N] float64: R-hat, about 1 where chains agree; None for one chain or one sample each
+    samples   how many
+    """
+
+    mean: Floats
+    sd: Floats
+    ess: Floats | None
+    agreement: Floats | None
+    samples: int
+
+
+def merge(chains: Sequence[Moments]) -> Posterior:
+    """Moments of all chains' samples together, by Chan, Golub and LeVeque's formula.
+
+    The effective sample size is samples * s^2 / (per_batch * variance of batch means), each
+    variance pooled over the chains: batches must be long against the autocorrelation, or it is too
+    high. R-hat is that of Gelman and Rubin (1992), of means within and between chains.
+    """
+    count, mean = 0, np.zeros(len(chains[0].mean))
+    squares = np.zeros_like(mean)
+    for chain in chains:
+        both = count + chain.count
+        delta = chain.mean - mean
+        mean += delta * (chain.count / both)
+        squares += chain.squares + delta**2 * (count * chain.count / both)
+        count = both
+    sd = np.sqrt(squares / max(1, count - 1))
+    return Posterior(mean, sd, _effective(chains), _agreement(chains), count)
+
+
+def _effective(chains: Sequence[Moments]) -> Floats | None:
+    chains = [chain for chain in chains if chain.batches > 1]
+    batches = sum(chain.batches for chain in chains)
+    if batches < FEWEST_BATCHES:
+        return None
+    samples = sum(chain.count for chain in chains)
+    within = _pooled(chains)
+    between = sum(chain.per_batch * chain.between.astype(np.float64) for chain in chains)
+    long_run = np.asarray(between) / (batches - len(chains))
+    still = long_run <= within  # also where nothing moved
+    return samples * np.where(still, 1.0, within / np.where(still, 1.0, long_run))
+
+
+def _agreement(chains: Sequence[Moments]) -> Floats | None:
+    if len(chains) < 2 or min(chain.count for chain in chains) < 2:
+        return None
+    within = _pooled(chains)
+    means = np.stack([chain.mean for chain in chains]).astype(np.float64)
+    samples = np.mean([chain.count for chain in chains])
+    between = means.var(axis=0, ddof=1)
+    ratio = np.full(len(within), np.inf)
+    np.divide(between, within, out=ratio, where=within > 0)
+    ratio[(between == 0) & (within == 0)] = 1 / samples
+    return np.sqrt((samples - 1) / samples + ratio)
+
+
+def _pooled(chains: Sequence[Moments]) -> Floats:
+    squares = np.asarray(sum(chain.squares.astype(np.float64) for chain in chains))
+    return squares / sum(chain.count - 1 for chain in chains)
+
+
+def rank_correlation(a: NDArray, b: NDArray) -> float:
+    """Spearman's correlation of two [N] vectors, ties at their mean rank.
+
+    1.0 where both are constant, 0.0 where one is.
+    """
+    first, second = (rankdata(x) - (len(x) + 1) / 2 for x in (a, b))
+    spread = float(np.sqrt((first @ first) * (second @ second)))
+    if spread == 0.0:
+        return float(not first.any() and not second.any())
+    return float(first @ second) / spread

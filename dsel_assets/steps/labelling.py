@@ -1,0 +1,270 @@
+"""Rounds of asking for labels: choose, wait, train on what was labelled, choose again.
+
+Candidates lie in a folder of their own and have no label. What is asked for is written as a file in
+the pool's schema with an empty label; filled in, it lands as any arrival does. An asked row waits
+until its input stands in the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from dsel_assets.data import Examples, concatenate, merge, read_file, validate
+from dsel_assets.data.contract import Validated
+from dsel_assets.evaluation import scores
+from dsel_assets.finetuning import predict, train
+from dsel_assets.resources.store import Entry, StoreError
+from dsel_assets.selection.active import ask
+from dsel_assets.steps.arrivals import arrivals, files_in
+from dsel_assets.steps.generation import Generation, current_generation, load_pool
+from dsel_assets.steps.model import base_builder, base_digest, trainable_shapes
+from dsel_assets.steps.pool import (
+    contract,
+    digest_of,
+    evaluation_set,
+    input_digests,
+    load_examples,
+    without_leaks,
+)
+from dsel_assets.steps.workspace import Workspace
+from dsel_assets.task import Active
+
+KIND = "label_requests"
+REQUESTS = "requests.parquet"  # what the labelling team gets: the schema, its label empty
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the rounds are.
+
+    rounds      the artifacts so far, in order
+    waiting     ids asked for that have no label yet, in the order of asking
+    labelled    ids asked for that have one
+    generation  what the pool holds, None before the first arrival
+    """
+
+    rounds: list[Entry]
+    waiting: list[str]
+    labelled: list[str]
+    generation: Generation | None
+
+    def due(self, rule: Active) -> bool:
+        """Whether another round may begin: enough of the last one is labelled."""
+        if rule.rounds is not None and len(self.rounds) >= rule.rounds:
+            return False
+        if not self.rounds:
+            return True
+        return len(self.waiting) <= self.rounds[-1].manifest["rows"] * (1 - rule.wait_for)
+
+
+def standing(ws: Workspace) -> Standing:
+    """Rounds, and what became of the rows that they asked for."""
+    entries = ws.store.entries(ws.task.name, KIND)
+    rounds = sorted(entries, key=lambda entry: entry.manifest["fields"]["round"])
+    generation = current_generation(ws) if arrivals(ws) else None
+    known: set[str] = set()
+    if generation is not None:
+        known = set(_keys(ws, load_pool(ws, generation)[0]).tolist())
+    asked = [name for entry in rounds for name in asked_ids(entry)]
+    return Standing(
+        rounds,
+        [name for name in asked if name not in known],
+        [name for name in asked if name in known],
+        generation,
+    )
+
+
+def asked_ids(entry: Entry) -> list[str]:
+    """The ids that a round asked for, in the order of choice."""
+    table = pq.read_table(entry.file("rows.parquet"), columns=["example_id"])
+    return table["example_id"].to_pylist()
+
+
+def next_round(ws: Workspace) -> Entry:
+    """The newest round: a new one if it is due and candidates are left, else the last.
+
+    StoreError if there is nothing to ask for and nothing was asked.
+    """
+    rule = _rule(ws)
+    now = standing(ws)
+    if not now.due(rule):
+        return now.rounds[-1]
+    candidates, refused = load_candidates(ws)
+    pool = None if now.generation is None else load_pool(ws, now.generation)[0]
+    done = [*now.waiting, *now.labelled]
+    if pool is not None:
+        done += _keys(ws, pool).tolist()
+    left = candidates.take(~np.isin(candidates.ids, done))
+    if len(left) == 0:
+        if now.rounds:
+            return now.rounds[-1]
+        raise StoreError(
+            f"{ws.task.name}: {rule.candidates} holds no row that lacks a label; put .parquet or "
+            ".jsonl files with the pool's schema there"
+        )
+    order = np.argsort(left.ids, kind="stable")
+    left = left.take(order)
+    waiting = candidates.take(np.isin(candidates.ids, now.waiting))
+    target = evaluation_set(ws, "target") if ws.task.target is not None else None
+    fields = {
+        "round": len(now.rounds) + 1,
+        "after": now.rounds[-1].identity if now.rounds else None,
+        "candidates": _digest(left.ids),
+        "waiting": _digest(np.array(sorted(now.waiting), dtype=np.str_)),
+        "generation": None if now.generation is None else now.generation.identity,
+        "settings": rule.model_dump(exclude={"candidates", "schedule", "rounds", "wait_for"}),
+        "finetune": ws.task.finetune.model_dump(),
+        "base": base_digest(ws),
+        "target": None if target is None else target.identity,
+        "version": 1,
+    }
+    if entry := ws.store.find(ws.task.name, KIND, fields):
+        return entry
+    model = _trained(ws, pool, target)
+    n = min(rule.batch, len(left))
+    observed = [_inputs(part) for part in (pool, waiting) if part is not None and len(part)]
+    targets = None if target is None else load_examples(target)
+    found = ask(
+        model,
+        _inputs(left),
+        None if targets is None else _inputs(targets),
+        n,
+        observed=np.concatenate(observed) if observed else None,
+        rule=rule.rule,
+        noise=rule.noise,
+    )
+    chosen = left.take(found.indices)
+    with ws.store.write(ws.task.name, KIND, fields) as draft:
+        rows = {
+            "task": [ws.task.name] * n,
+            "round": [fields["round"]] * n,
+            "example_id": chosen.ids,
+            "rank": np.arange(1, n + 1),
+            "gain": found.gains,
+            "source": chosen.groups,
+        }
+        pq.write_table(pa.table(rows), draft.path / "rows.parquet")
+        pq.write_table(_requests(ws, chosen), draft.path / REQUESTS)
+        draft.rows = n
+        draft.summary = {
+            "round": fields["round"],
+            "labelled_before": len(now.labelled),
+            "waiting_before": len(now.waiting),
+            "candidates": len(left),
+            "candidates_refused": refused,
+            "pool": 0 if pool is None else len(pool),
+            "gain_first": float(found.gains[0]),
+            "gain_last": float(found.gains[-1]),
+            **_variances(found.target_variance),
+            "validation_accuracy": _accuracy(ws, model),
+        }
+    return draft.done
+
+
+def load_candidates(ws: Workspace) -> tuple[Examples, dict[str, int]]:
+    """Unlabelled rows by id, each once, and how many were refused for which reason.
+
+    Rows that stand in target, validation or test are refused, as in the pool.
+    """
+    evaluation = {split: evaluation_set(ws, split) for split in ws.splits}
+    parts: list[tuple[str, Examples]] = []
+    reasons: dict[str, int] = {}
+    for file in files_in(_rule(ws).candidates):
+        found = _read(ws, file.path)
+        clean, leaks = without_leaks(ws, file.path, found.examples, evaluation)
+        parts.append((file.path, clean))
+        for reason in [*found.quarantine["reason"].to_pylist(), *leaks["reason"].to_pylist()]:
+            reasons[reason] = reasons.get(reason, 0) + 1
+    if not parts:
+        nothing = validate([], contract(ws, labelled=False), "")
+        return concatenate([("", nothing.examples)]), reasons
+    return merge(parts)[0], reasons
+
+
+def _read(ws: Workspace, path: str) -> Validated:
+    asked = contract(ws, labelled=False)
+    return validate(read_file(path, asked.declared), asked, digest_of(path))
+
+
+def _keys(ws: Workspace, examples: Examples) -> np.ndarray:
+    """What a labelled example was known by when it had no label."""
+    return examples.ids if ws.task.pool.columns.id is not None else input_digests(examples)
+
+
+def _trained(ws: Workspace, pool: Examples | None, target: Entry | None) -> nn.Module:
+    """The base model after the task's finetuning on all labels so far; the base itself on none."""
+    model, spec = base_builder(ws)(), ws.task.finetune
+    parts = [] if pool is None else [pool]
+    if target is not None and spec.include_target:
+        parts.append(load_examples(target))
+    if not parts:
+        return model
+    labels = np.concatenate([part.labels for part in parts])
+    train(
+        model,
+        torch.from_numpy(np.concatenate([_inputs(part) for part in parts])),
+        torch.from_numpy(labels),
+        torch.ones(len(labels)),
+        trainable=list(trainable_shapes(ws)),
+        steps=spec.steps,
+        batch_size=spec.batch_size,
+        lr=spec.lr,
+        seed=SEED,
+    )
+    return model
+
+
+def _requests(ws: Workspace, chosen: Examples) -> pa.Table:
+    """The rows as the pool's schema has them, their label null."""
+    schema, inputs = ws.task.pool.columns, _inputs(chosen)
+    columns: dict[str, Any] = {schema.input: list(inputs.reshape(len(chosen), -1))}
+    columns[schema.label] = pa.nulls(len(chosen), pa.string())
+    if schema.group is not None:
+        columns[schema.group] = chosen.groups
+    if schema.id is not None:
+        columns[schema.id] = chosen.ids
+    return pa.table(columns)
+
+
+def requests_file(entry: Entry) -> Path:
+    """The file that a round's labelling team gets."""
+    return entry.file(REQUESTS)
+
+
+def _accuracy(ws: Workspace, model: nn.Module) -> float:
+    examples = load_examples(evaluation_set(ws, "validation"))
+    probabilities = predict(model, torch.from_numpy(_inputs(examples))).numpy()
+    return float(scores(probabilities, examples.labels)["accuracy"])
+
+
+def _variances(target_variance: np.ndarray) -> dict[str, float | None]:
+    """Of the targets after the round, were all of it labelled."""
+    if target_variance.shape[1] == 0:
+        return {"target_variance": None, "worst_target_variance": None}
+    left = target_variance[-1]
+    return {"target_variance": float(left.mean()), "worst_target_variance": float(left.max())}
+
+
+def _inputs(examples: Examples) -> np.ndarray:
+    assert examples.inputs is not None
+    return examples.inputs
+
+
+def _digest(ids: np.ndarray) -> str:
+    return blake2b("\n".join(ids.tolist()).encode(), digest_size=10).hexdigest()
+
+
+def _rule(ws: Workspace) -> Active:
+    if ws.task.active is None:
+        raise StoreError(f"{ws.task.name}: the task has no `active` section")
+    return ws.task.active
