@@ -227,7 +227,8 @@ def test_badge_reads_no_label_and_reports_the_gradients_lengths():
 @pytest.mark.parametrize(
     "model, message",
     [
-        (nn.Flatten(), "no linear layer"),
+        (nn.Flatten(), "no parameters"),
+        (nn.Sequential(nn.Linear(FEATURES, 4), nn.LayerNorm(4)), "end in a linear layer"),
         (nn.Sequential(nn.Linear(FEATURES, 4), nn.AvgPool1d(2)), "does not give"),
     ],
 )
