@@ -303,6 +303,8 @@ def tables(task="t"):
             "checkpoint": ["c"] * len(CELLS),
             "metric": ["m"] * len(CELLS),
             "chosen": [len(SELECTED[c[3]]) for c in CELLS],
+            "whole": [c[0] in ("full", "target_only") for c in CELLS],
+            "stopped": [False] * len(CELLS),
             "select_seconds": [c[5] for c in CELLS],
             "sketch_seconds": [4.0 if c[0] == "itl" else 0.0 for c in CELLS],
             "train_seconds": [c[6] for c in CELLS],

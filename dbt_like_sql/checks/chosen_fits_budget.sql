@@ -1,5 +1,6 @@
 -- of: chosen
--- A strategy that looks at the budget chooses exactly that many, or the whole pool if it is smaller.
+-- A strategy that looks at the budget chooses exactly that many, or the whole pool if it is smaller;
+-- one that was told where to stop may choose fewer.
 with pools as (
     select task, generation, count(*) as examples from candidates group by task, generation
 ),
@@ -12,8 +13,9 @@ select
 from cells as c
 left join pools as p on p.task = c.task and p.generation = c.generation
 left join sizes as s on s.task = c.task and s.selection = c.selection
-where c.strategy not in ('full', 'target_only')
+where not c.whole
     and (
-        coalesce(s.examples, 0) <> least(c.budget, coalesce(p.examples, 0))
+        coalesce(s.examples, 0) > least(c.budget, coalesce(p.examples, 0))
+        or (coalesce(s.examples, 0) < least(c.budget, coalesce(p.examples, 0)) and not c.stopped)
         or c.chosen <> coalesce(s.examples, 0)
     )

@@ -3,7 +3,7 @@
 with picks as (
     select task, generation, strategy, budget, seed, selection, chosen
     from cells
-    where strategy not in ('full', 'target_only')
+    where not whole
 ),
 pairs as (
     select

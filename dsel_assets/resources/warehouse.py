@@ -96,6 +96,8 @@ SOURCES: Mapping[str, Mapping[str, str]] = {
         "checkpoint": "varchar",
         "metric": "varchar",
         "chosen": "bigint",
+        "whole": "boolean",
+        "stopped": "boolean",
         "select_seconds": "double",
         "sketch_seconds": "double",
         "train_seconds": "double",

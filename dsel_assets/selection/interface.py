@@ -220,7 +220,11 @@ class Selector(ABC):
             ids=pool.ids[rows],
             weights=np.append(np.ones(len(first)), weights),
             scores={"rank": np.arange(1, len(rows) + 1)} | scores,
-            diagnostics={**choice.diagnostics, "seconds": seconds},
+            diagnostics={
+                **choice.diagnostics,
+                **({"stopped": fewer} if choice.stopped else {}),
+                "seconds": seconds,
+            },
             state=choice.state,
             model=choice.model,
         )

@@ -124,6 +124,8 @@ def _cell_row(
         "checkpoint": checkpoint.identity,
         "metric": metric.identity,
         "chosen": selection.manifest["rows"],
+        "whole": STRATEGIES[cell.strategy].whole,
+        "stopped": selection.summary.get("stopped", False),
         "select_seconds": selection.summary["seconds"],
         "sketch_seconds": sketch_seconds if sketches else 0.0,
         "train_seconds": checkpoint.manifest["seconds"],

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dsel_assets.evaluation import holm, paired_difference, verdict
 from dsel_assets.resources.store import Entry, Store, identity, write_json
+from dsel_assets.selection import STRATEGIES
 from dsel_assets.steps.cells import Cell, cells
 from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.metrics import SPLITS
@@ -80,7 +81,7 @@ def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, 
         if row["split"] == "validation"
         and row["budget"] == ws.task.promote.budget
         and row["verdict"] == "better"
-        and row["strategy"] not in ("full", "target_only")
+        and not STRATEGIES[row["strategy"]].whole
     ]
     if not better:
         return champion(ws)

@@ -232,3 +232,29 @@ def test_what_is_wrong_is_said_in_one_line(
     lab.task(model={"base": str(tmp_path / "odd.safetensors")})
     found = CliRunner().invoke(app, ["run", str(lab.folder / "tiny.yaml")])
     assert found.exit_code != 0 and "Traceback" not in found.output
+
+
+def test_every_strategy_goes_all_the_way(lab: Any, instance: Any) -> None:
+    """Each of the registry through Dagster's jobs to the leaderboard, its checks included."""
+    from dsel_assets.selection import STRATEGIES
+
+    few = {"steps": 20, "batch_size": 16}
+    settings = {
+        **dict.fromkeys(STRATEGIES, {}),
+        "bads": few | {"weighting": "network", "mode": "sgld", "chains": 2},
+        "bads_joint": few,
+        "smallloss": few | {"per_class": True},
+        "cleanlab": few | {"folds": 2},
+        "itl": {"rule": "vtl", "until": {"target_variance": 0.9}},
+    }
+    task = lab.task(strategies=settings, budgets=[10])
+    runner.initialise(instance)
+    outcome = runner.run(task, instance)
+    assert outcome.runs == 2 + len(STRATEGIES) + 1 and outcome.held_back == []
+    rows = query(lab, "select distinct strategy from leaderboard")
+    assert {row[0] for row in rows} == set(STRATEGIES)
+    stopped = query(lab, "select chosen from cells where strategy = 'itl' and stopped")
+    assert stopped and all(chosen < 10 for [chosen] in stopped)
+    whole = query(lab, "select distinct strategy from cells where whole")
+    assert {row[0] for row in whole} == {"full", "target_only", "bads_joint"}
+    assert runner.run(task, instance).runs == 0
