@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -477,10 +476,10 @@ def _junk(seed: int) -> tuple[dict[str, list[float]], list[float], float, bool]:
     found = infer_weights(
         given.build(), pool, given.target, beta=given.beta, seed=seed, steps=STEPS, batch_size=BATCH
     )
-    weights = found.mean
+    weights: Floats = found.mean
     settings: dict[str, Any] = {"steps": RETRAIN, "batch_size": BATCH, "seed": seed}
     quality, _ = label_quality(pool[1].numpy(), out_of_fold(given.build, *pool, **settings))
-    scores = {
+    scores: dict[str, Floats] = {
         "BADS": weights,
         "small loss": -target_losses(given.build(), pool, given.target, **settings),
         "confident learning": quality,
@@ -612,12 +611,21 @@ def _peak(settings: dict[str, Any] | None, rows: int) -> int:
     target = torch.ones(10, 8), torch.zeros(10, dtype=torch.long)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     both(model, (pool[0][:500], pool[1][:500]), target, 5)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    infer_weights(model, (pool[0][:500], pool[1][:500]), target, steps=5)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _high_water()
     if settings is None:
         both(model, pool, target, 50)
     else:
         infer_weights(model, pool, target, steps=50, **settings)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    """Bytes of memory that were in use at once, at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
 
 
 def main() -> None:

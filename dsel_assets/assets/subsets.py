@@ -80,7 +80,7 @@ def subsets(task: Task) -> dg.AssetsDefinition:
 
 def _mean(budget: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean over the seeds of every number that the strategy reports, where all report one."""
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0]}
     return {"budget": budget} | {
         name: None if None in values else fmean(values) for name, values in columns.items()
     }

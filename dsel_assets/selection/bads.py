@@ -32,7 +32,7 @@ from dsel_assets.selection.chain import (
 )
 from dsel_assets.selection.guards import Neighbourhood, guards
 from dsel_assets.selection.interface import Choice, Needs, Selector, State
-from dsel_assets.selection.posterior import Floats, merge, rank_correlation
+from dsel_assets.selection.posterior import Floats, Singles, merge, rank_correlation
 from dsel_assets.selection.scored import first_of_each
 from dsel_assets.selection.strata import Strata
 from dsel_assets.selection.weighting import logit
@@ -47,9 +47,9 @@ CONTINUED = 4  # a warm chain has one in so many of a fresh chain's steps
 class Weights:
     """What the chains found; [N] in the order of the pool.
 
-    mean, sd    [N] float64 of each weight over the samples; a mode's sd is as honest as the mode
-    ess         [N] float64 effective number of samples, by batch means; None with too few samples
-    agreement   [N] float64 R-hat between chains, about 1 where they agree; None for one chain
+    mean, sd    [N] float32 of each weight over the samples; a mode's sd is as honest as the mode
+    ess         [N] float32 effective number of samples, by batch means; None with too few samples
+    agreement   [N] float32 R-hat between chains, about 1 where they agree; None for one chain
     losses      [N] float32 nats under the joint model of the last chain, in eval mode
     outside     [N] bool: farther from the target than the target is from itself (`Neighbourhood`)
     model       the caller's, as the last chain left it
@@ -57,10 +57,10 @@ class Weights:
     diagnostics scalars
     """
 
-    mean: Floats
-    sd: Floats
-    ess: Floats | None
-    agreement: Floats | None
+    mean: Singles
+    sd: Singles
+    ess: Singles | None
+    agreement: Singles | None
     losses: NDArray[np.float32]
     outside: NDArray[np.bool_]
     model: nn.Module
@@ -178,8 +178,9 @@ def infer_weights(
                 chain.tap.remove()
             found.append(chain)
             members.append(chain.member())
-    posterior = merge([chain.moments for chain in found])
     means = [chain.moments.mean for chain in found]
+    alike = [rank_correlation(a, b) for i, a in enumerate(means) for b in means[:i]]
+    posterior = merge([chain.moments for chain in found])
     settled = [chain.stability for chain in found if chain.stability is not None]
     each = [member.logits for member in members if member.logits is not None]
     diagnostics = guards(posterior.mean, losses, outside, beta, each) | {
@@ -187,9 +188,7 @@ def infer_weights(
         "samples": posterior.samples,
         "step_of_a_weight": settings.step,
         "rank_stability": min(settled, default=None),
-        "chain_correlation": min(
-            (rank_correlation(a, b) for i, a in enumerate(means) for b in means[:i]), default=None
-        ),
+        "chain_correlation": min(alike, default=None),
         "median_ess": None if posterior.ess is None else float(np.median(posterior.ess)),
         "median_r_hat": None
         if posterior.agreement is None
@@ -398,7 +397,7 @@ class BadsJoint(Bads):
         """All rows by falling weight."""
         assert target is not None
         run, seconds = self._run(pool, target, seed, warm)
-        mean, members = run.weights.mean[run.order], run.weights.members
+        mean, members = run.weights.mean[run.order].astype(np.float64), run.weights.members
         return Choice(
             run.order,
             {"weight_mean": mean, "weight_sd": run.weights.sd[run.order]},
@@ -421,7 +420,7 @@ class _Run:
 def ranking(weights: Weights, pick: str, seed: int) -> Ints:
     """[N] rows of the pool, first choice first, by a rule that `Bads` names."""
     rng = np.random.default_rng(seed)
-    score = weights.mean
+    score = weights.mean.astype(np.float64)
     if pick == "sample":
         score = np.log(np.maximum(score, 1e-12)) + rng.gumbel(size=len(score))
     elif pick == "lower":

@@ -135,6 +135,8 @@ class Chain:
             if self.finished or self.done % save_every == 0:
                 self.save()
         self.model.eval()
+        self._orders.clear()
+        self.before = None  # nothing of it is asked any more
 
     def _step(self) -> None:
         """One step of both; the order of the lines is that of note 2.2."""
@@ -183,7 +185,7 @@ class Chain:
     def weights(self) -> Iterator[Singles]:
         """All weights now, block by block, in the order of the pool."""
         if isinstance(self.weighting, Each):
-            for logits in self.weighting.logits.split(1 << 20):
+            for logits in self.weighting.logits.split(1 << 16):
                 yield logits.sigmoid().numpy()
         else:
             for block in self.examine(self.train):
@@ -284,6 +286,7 @@ class Chain:
         size = min(size, rows)
         passed, place = divmod(self.done, rows // size)
         if self._orders.get(what, (-1, None))[0] != passed:
+            self._orders.pop(what, None)  # not two at a time
             generator = np.random.default_rng([self._key(what, passed)])
             order = np.arange(rows, dtype=np.int32 if rows < 2**31 else np.int64)
             generator.shuffle(order)

@@ -51,7 +51,7 @@ class Neighbourhood:
 
 
 def guards(
-    mean: NDArray[np.float64],
+    mean: NDArray[np.float32],
     losses: NDArray[np.float32],
     outside: Bools,
     beta: float,
@@ -67,12 +67,12 @@ def guards(
     easy_junk  of the beta N rows of highest weight, more than 10 % are outside the target, and
                their median loss is no higher than the others': they are there as they are easy
     """
-    mean_weight = float(mean.mean())
-    sizes = [float((each.abs() > BOUND).float().mean()) for each in logits]
-    first = np.argsort(-mean, kind="stable")[: max(1, round(beta * len(mean)))]
-    share, of_pool = float(outside[first].mean()), float(outside.mean())
-    far, near = first[outside[first]], first[~outside[first]]
-    junk = share > JUNK and (len(near) == 0 or np.median(losses[far]) <= np.median(losses[near]))
+    mean_weight = float(mean.mean(dtype=np.float64))
+    sizes = [_beyond(each) for each in logits]
+    first = _largest(mean, max(1, round(beta * len(mean))))
+    far, near = losses[first & outside], losses[first & ~outside]
+    share, of_pool = len(far) / (len(far) + len(near)), float(outside.mean())
+    junk = share > JUNK and (len(near) == 0 or np.median(far) <= np.median(near))
     found: dict[str, Any] = {
         "mean_weight": mean_weight,
         "beta": beta,
@@ -94,3 +94,17 @@ def guards(
         if found[name]:
             warnings.warn(f"bads: {name}: {text}; {ALARMS[name]}", stacklevel=3)
     return found
+
+
+def _beyond(logits: Tensor) -> float:
+    """Share of the logits beyond the bound."""
+    parts = logits.split(1 << 16)
+    return sum(int((part.abs() > BOUND).sum()) for part in parts) / len(logits)
+
+
+def _largest(values: NDArray[np.float32], k: int) -> Bools:
+    """[N] whether a value is among the k largest; of equal ones the first are."""
+    least = np.partition(values, len(values) - k)[len(values) - k]
+    chosen: Bools = values > least
+    chosen[np.flatnonzero(values == least)[: k - np.count_nonzero(chosen)]] = True
+    return chosen

@@ -12,7 +12,8 @@ from scipy.stats import rankdata
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 Allocate = Callable[[str], Singles]
-BLOCK = 1 << 20  # entries worked on at once: what is on disk stays there
+BLOCK = 1 << 16  # entries worked on at once: what is on disk stays there
+EXACT = 1 << 20  # entries up to which ranks are exact
 FEWEST_BATCHES = 8  # of all chains together, below which their variance says nothing
 
 
@@ -66,19 +67,19 @@ class Moments:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What several chains say together.
+    """What several chains say together, [N] float32 each.
 
-    mean, sd  [N] float64 over all samples
-    ess       [N] float64 effective number of samples by batch means, at most the number of samples;
-              None with fewer than 8 finished batches
-    agreement [N] float64: R-hat, about 1 where chains agree; None for one chain or one sample each
+    mean, sd  over all samples
+    ess       effective number of samples by batch means, at most the number of samples; None with
+              fewer than 8 finished batches
+    agreement R-hat, about 1 where chains agree; None for one chain or one sample each
     samples   how many
     """
 
-    mean: Floats
-    sd: Floats
-    ess: Floats | None
-    agreement: Floats | None
+    mean: Singles
+    sd: Singles
+    ess: Singles | None
+    agreement: Singles | None
     samples: int
 
 
@@ -88,37 +89,49 @@ def merge(chains: Sequence[Moments]) -> Posterior:
     The effective sample size is samples * s^2 / (per_batch * variance of batch means), each
     variance pooled over the chains: batches must be long against the autocorrelation, or it is too
     high. R-hat is that of Gelman and Rubin (1992), of means within and between chains.
+
+    Takes over the arrays of the first chain, so that nothing is held twice: its moments are gone.
     """
-    count, mean = 0, np.zeros(len(chains[0].mean))
+    first, samples = chains[0], sum(chain.count for chain in chains)
+    batched = [chain for chain in chains if chain.batches > 1]
+    ess = first.between if sum(chain.batches for chain in batched) >= FEWEST_BATCHES else None
+    several = len(chains) > 1 and min(chain.count for chain in chains) > 1
+    agreement = first.batch if several else None
+    for start in range(0, len(first.mean), BLOCK):
+        part = slice(start, start + BLOCK)
+        mean, sd = _together(chains, part)
+        within = _pooled(chains, part)
+        effective = None if ess is None else _effective(batched, within, samples, part)
+        if agreement is not None:
+            agreement[part] = _agreement(chains, within, part)
+        if ess is not None:
+            ess[part] = effective
+        first.mean[part], first.squares[part] = mean, sd
+    return Posterior(first.mean, first.squares, ess, agreement, samples)
+
+
+def _together(chains: Sequence[Moments], part: slice) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of all samples."""
+    count, mean = 0, np.zeros(len(chains[0].mean[part]))
     squares = np.zeros_like(mean)
     for chain in chains:
         both = count + chain.count
-        delta = chain.mean - mean
+        delta = chain.mean[part] - mean
         mean += delta * (chain.count / both)
-        squares += chain.squares + delta**2 * (count * chain.count / both)
+        squares += chain.squares[part] + delta**2 * (count * chain.count / both)
         count = both
-    sd = np.sqrt(squares / max(1, count - 1))
-    return Posterior(mean, sd, _effective(chains), _agreement(chains), count)
+    return mean, np.sqrt(squares / max(1, count - 1))
 
 
-def _effective(chains: Sequence[Moments]) -> Floats | None:
-    chains = [chain for chain in chains if chain.batches > 1]
-    batches = sum(chain.batches for chain in chains)
-    if batches < FEWEST_BATCHES:
-        return None
-    samples = sum(chain.count for chain in chains)
-    within = _pooled(chains)
-    between = sum(chain.per_batch * chain.between.astype(np.float64) for chain in chains)
-    long_run = np.asarray(between) / (batches - len(chains))
+def _effective(chains: Sequence[Moments], within: Floats, samples: int, part: slice) -> Floats:
+    between = sum(chain.per_batch * chain.between[part].astype(np.float64) for chain in chains)
+    long_run = np.asarray(between) / (sum(chain.batches for chain in chains) - len(chains))
     still = long_run <= within  # also where nothing moved
     return samples * np.where(still, 1.0, within / np.where(still, 1.0, long_run))
 
 
-def _agreement(chains: Sequence[Moments]) -> Floats | None:
-    if len(chains) < 2 or min(chain.count for chain in chains) < 2:
-        return None
-    within = _pooled(chains)
-    means = np.stack([chain.mean for chain in chains]).astype(np.float64)
+def _agreement(chains: Sequence[Moments], within: Floats, part: slice) -> Floats:
+    means = np.stack([chain.mean[part] for chain in chains]).astype(np.float64)
     samples = np.mean([chain.count for chain in chains])
     between = means.var(axis=0, ddof=1)
     ratio = np.full(len(within), np.inf)
@@ -127,18 +140,38 @@ def _agreement(chains: Sequence[Moments]) -> Floats | None:
     return np.sqrt((samples - 1) / samples + ratio)
 
 
-def _pooled(chains: Sequence[Moments]) -> Floats:
-    squares = np.asarray(sum(chain.squares.astype(np.float64) for chain in chains))
-    return squares / sum(chain.count - 1 for chain in chains)
+def _pooled(chains: Sequence[Moments], part: slice) -> Floats:
+    squares = np.asarray(sum(chain.squares[part].astype(np.float64) for chain in chains))
+    return squares / max(1, sum(chain.count - 1 for chain in chains))
 
 
 def rank_correlation(a: NDArray, b: NDArray) -> float:
     """Spearman's correlation of two [N] vectors, ties at their mean rank.
 
-    1.0 where both are constant, 0.0 where one is.
+    1.0 where both are constant, 0.0 where one is. Of more than 2^20 entries the ranks are places
+    among 2^16 of them, evenly apart, so that no ranks are held.
     """
-    first, second = (rankdata(x) - (len(x) + 1) / 2 for x in (a, b))
-    spread = float(np.sqrt((first @ first) * (second @ second)))
+    if len(a) <= EXACT:
+        first, second = (rankdata(x) - (len(x) + 1) / 2 for x in (a, b))
+        aa, bb, ab = first @ first, second @ second, first @ second
+    else:
+        among = [np.sort(x[:: len(x) >> 16]) for x in (a, b)]
+        sums = np.zeros(5)
+        for start in range(0, len(a), BLOCK):
+            part = slice(start, start + BLOCK)
+            first, second = (
+                _places(x[part], others) for x, others in zip((a, b), among, strict=True)
+            )
+            sums += first.sum(), second.sum(), first @ first, second @ second, first @ second
+        of_a, of_b = sums[:2] / len(a)
+        aa, bb, ab = sums[2:] - len(a) * np.array([of_a**2, of_b**2, of_a * of_b])
+    spread = float(np.sqrt(aa * bb))
     if spread == 0.0:
-        return float(not first.any() and not second.any())
-    return float(first @ second) / spread
+        return float(aa == bb == 0)
+    return float(ab) / spread
+
+
+def _places(values: NDArray, others: NDArray) -> Floats:
+    """Where values stand among sorted others, ties in their middle; 0 is the middle of all."""
+    below, up_to = (np.searchsorted(others, values, side) for side in ("left", "right"))
+    return (below + up_to) / 2 - len(others) / 2

@@ -116,7 +116,7 @@ class Each:
 
     def recount(self) -> None:
         """Sum all weights anew, as after the logits were set."""
-        blocks = self.logits.split(1 << 20)
+        blocks = self.logits.split(1 << 16)
         self.total = sum(float(block.double().sigmoid().sum()) for block in blocks)
 
     def of(self, batch: Tensor, features: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ until its input stands in the pool.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -18,18 +19,25 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from dsel_assets.data import Examples, concatenate, merge, read_file, validate
-from dsel_assets.data.contract import Validated
+from dsel_assets.data import (
+    DIGEST_COLUMN,
+    UNREADABLE_FILE,
+    Examples,
+    UnreadableFileError,
+    example_ids,
+    merge,
+    read_file,
+    validate,
+)
 from dsel_assets.evaluation import scores
 from dsel_assets.finetuning import predict, train
 from dsel_assets.resources.store import Entry, StoreError
 from dsel_assets.selection.active import ask
 from dsel_assets.steps.arrivals import arrivals, files_in
-from dsel_assets.steps.generation import Generation, current_generation, load_pool
+from dsel_assets.steps.generation import Generation, current_generation, load_pool, members
 from dsel_assets.steps.model import base_builder, base_digest, trainable_shapes
 from dsel_assets.steps.pool import (
     contract,
-    digest_of,
     evaluation_set,
     input_digests,
     load_examples,
@@ -40,6 +48,7 @@ from dsel_assets.task import Active
 
 KIND = "label_requests"
 REQUESTS = "requests.parquet"  # what the labelling team gets: the schema, its label empty
+ASKED = ["example_id", "known_as"]
 SEED = 0
 
 
@@ -74,14 +83,17 @@ def standing(ws: Workspace) -> Standing:
     generation = current_generation(ws) if arrivals(ws) else None
     known: set[str] = set()
     if generation is not None:
-        known = set(_keys(ws, load_pool(ws, generation)[0]).tolist())
-    asked = [name for entry in rounds for name in asked_ids(entry)]
-    return Standing(
-        rounds,
-        [name for name in asked if name not in known],
-        [name for name in asked if name in known],
-        generation,
-    )
+        column = "example_id" if ws.task.pool.columns.id is not None else DIGEST_COLUMN
+        for pool, _, _ in members(ws, generation):
+            known.update(
+                pq.read_table(pool.file("rows.parquet"), columns=[column])[column].to_pylist()
+            )
+    waiting: list[str] = []
+    labelled: list[str] = []
+    for entry in rounds:
+        for row in pq.read_table(entry.file("rows.parquet"), columns=ASKED).to_pylist():
+            (waiting if known.isdisjoint(row["known_as"]) else labelled).append(row["example_id"])
+    return Standing(rounds, waiting, labelled, generation)
 
 
 def asked_ids(entry: Entry) -> list[str]:
@@ -112,17 +124,28 @@ def next_round(ws: Workspace) -> Entry:
             f"{ws.task.name}: {rule.candidates} holds no row that lacks a label; put .parquet or "
             ".jsonl files with the pool's schema there"
         )
-    order = np.argsort(left.ids, kind="stable")
-    left = left.take(order)
     waiting = candidates.take(np.isin(candidates.ids, now.waiting))
+    return _ask(ws, now, pool, left.take(np.argsort(left.ids, kind="stable")), waiting, refused)
+
+
+def _ask(
+    ws: Workspace,
+    now: Standing,
+    pool: Examples | None,
+    left: Examples,
+    waiting: Examples,
+    refused: dict[str, int],
+) -> Entry:
+    """The next round: train on the pool, choose from what is left, knowing what waits."""
+    rule = _rule(ws)
     target = evaluation_set(ws, "target") if ws.task.target is not None else None
     fields = {
         "round": len(now.rounds) + 1,
         "after": now.rounds[-1].identity if now.rounds else None,
         "candidates": _digest(left.ids),
-        "waiting": _digest(np.array(sorted(now.waiting), dtype=np.str_)),
+        "waiting": _digest(np.sort(waiting.ids)),
         "generation": None if now.generation is None else now.generation.identity,
-        "settings": rule.model_dump(exclude={"candidates", "schedule", "rounds", "wait_for"}),
+        "settings": rule.model_dump(include={"batch", "rule", "noise"}),
         "finetune": ws.task.finetune.model_dump(),
         "base": base_digest(ws),
         "target": None if target is None else target.identity,
@@ -130,25 +153,25 @@ def next_round(ws: Workspace) -> Entry:
     }
     if entry := ws.store.find(ws.task.name, KIND, fields):
         return entry
-    model = _trained(ws, pool, target)
-    n = min(rule.batch, len(left))
-    observed = [_inputs(part) for part in (pool, waiting) if part is not None and len(part)]
-    targets = None if target is None else load_examples(target)
-    found = ask(
-        model,
-        _inputs(left),
-        None if targets is None else _inputs(targets),
-        n,
-        observed=np.concatenate(observed) if observed else None,
-        rule=rule.rule,
-        noise=rule.noise,
-    )
-    chosen = left.take(found.indices)
     with ws.store.write(ws.task.name, KIND, fields) as draft:
+        model = _trained(ws, pool, target)
+        observed = [_inputs(part) for part in (pool, waiting) if part is not None and len(part)]
+        n = min(rule.batch, len(left))
+        found = ask(
+            model,
+            _inputs(left),
+            None if target is None else _inputs(load_examples(target)),
+            n,
+            observed=np.concatenate(observed) if observed else None,
+            rule=rule.rule,
+            noise=rule.noise,
+        )
+        chosen = left.take(found.indices)
         rows = {
             "task": [ws.task.name] * n,
             "round": [fields["round"]] * n,
             "example_id": chosen.ids,
+            "known_as": _known_as(ws, chosen),
             "rank": np.arange(1, n + 1),
             "gain": found.gains,
             "source": chosen.groups,
@@ -174,26 +197,34 @@ def next_round(ws: Workspace) -> Entry:
 def load_candidates(ws: Workspace) -> tuple[Examples, dict[str, int]]:
     """Unlabelled rows by id, each once, and how many were refused for which reason.
 
-    Rows that stand in target, validation or test are refused, as in the pool.
+    Rows that stand in target, validation or test are refused, as in the pool; of a file that can't
+    be read nothing is taken.
     """
     evaluation = {split: evaluation_set(ws, split) for split in ws.splits}
-    parts: list[tuple[str, Examples]] = []
-    reasons: dict[str, int] = {}
+    asked = contract(ws, labelled=False)
+    nothing = validate([], asked, "").examples
+    parts, refused = [("", nothing)], Counter[str]()
     for file in files_in(_rule(ws).candidates):
-        found = _read(ws, file.path)
+        try:
+            found = validate(read_file(file.path, asked.declared), asked, file.path)
+        except UnreadableFileError:
+            refused[UNREADABLE_FILE] += 1
+            continue
         clean, leaks = without_leaks(ws, file.path, found.examples, evaluation)
         parts.append((file.path, clean))
-        for reason in [*found.quarantine["reason"].to_pylist(), *leaks["reason"].to_pylist()]:
-            reasons[reason] = reasons.get(reason, 0) + 1
-    if not parts:
-        nothing = validate([], contract(ws, labelled=False), "")
-        return concatenate([("", nothing.examples)]), reasons
-    return merge(parts)[0], reasons
+        refused.update(found.quarantine["reason"].to_pylist() + leaks["reason"].to_pylist())
+    candidates, _, conflicts = merge(parts)
+    refused.update(conflicts["reason"].to_pylist())
+    return candidates, dict(refused)
 
 
-def _read(ws: Workspace, path: str) -> Validated:
-    asked = contract(ws, labelled=False)
-    return validate(read_file(path, asked.declared), asked, digest_of(path))
+def _known_as(ws: Workspace, asked: Examples) -> list[list[str]]:
+    """What each row will be known by in the pool once it is labelled, whatever the label."""
+    schema = ws.task.pool.columns
+    if schema.id is not None:
+        return [[name] for name in asked.ids.tolist()]
+    by_class = [example_ids(_inputs(asked), [name] * len(asked)) for name in schema.classes]
+    return [list(names) for names in zip(*(names.tolist() for names in by_class), strict=True)]
 
 
 def _keys(ws: Workspace, examples: Examples) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Properties of the greedy transductive choice, against brute force and against scikit-learn."""
 
+import importlib
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -577,3 +578,20 @@ def test_the_strategy_may_stop_before_the_budget():
     assert few.diagnostics["picks"] == len(few.ids) == len(few.weights) < 60
     nothing = Itl(until={"gain": 1e9}).select(pool, target, Budget(60), seed=0)
     assert len(nothing.ids) == 0 and nothing.diagnostics["variance_left"] == 1
+
+
+@pytest.mark.parametrize("rule", ["itl", "vtl", "ctl"])
+@pytest.mark.parametrize("noise", [0.01, 1.0])
+def test_picks_are_those_of_the_authors_package(rule, noise):
+    """activeft 0.1.1 made exact by one mini-batch; it repeats picks and has no s2 in the ratio."""
+    pytest.importorskip("faiss", reason="needs activeft and faiss-cpu, see benchmarks/peers.txt")
+    activeft = pytest.importorskip("activeft")
+    module = importlib.import_module(f"activeft.acquisition_functions.{rule}")
+    X, T = clustered(300, 10, 32, norm_spread=0.3)
+    X, T = X.astype(np.float32), T.astype(np.float32)
+    how = getattr(module, rule.upper())(
+        torch.from_numpy(T), noise_std=noise**0.5, mini_batch_size=len(X)
+    )
+    theirs = activeft.ActiveDataLoader(torch.from_numpy(X), 40, how).next()[0].numpy()
+    ours = select_informative(X, T, 40, rule=rule, form="library", noise=noise, repeats=True)
+    assert ours.indices.tolist() == theirs.tolist()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from dsel_assets.selection import posterior
 from dsel_assets.selection.posterior import Moments, merge, rank_correlation
 
 
@@ -102,3 +103,15 @@ def test_rank_correlation_is_spearmans():
         assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert rank_correlation(np.ones(5), np.zeros(5)) == 1
     assert rank_correlation(np.ones(5), np.arange(5)) == 0
+
+
+def test_of_many_entries_the_rank_correlation_is_nearly_spearmans(monkeypatch):
+    rng = np.random.default_rng(6)
+    a = rng.random(200_001).astype(np.float32)
+    pairs = [(a, a**3 + 0.3 * rng.random(len(a))), (a, -a), (np.round(a, 1), rng.random(len(a)))]
+    exact = [rank_correlation(*pair) for pair in pairs]
+    monkeypatch.setattr(posterior, "EXACT", 1000)
+    for pair, expected in zip(pairs, exact, strict=True):
+        assert rank_correlation(*pair) == pytest.approx(expected, abs=2e-3)
+    assert rank_correlation(a, np.ones(len(a))) == 0
+    assert rank_correlation(np.ones(len(a)), np.ones(len(a))) == 1

@@ -152,3 +152,12 @@ def test_ids_of_the_data_are_kept(lab: Any) -> None:
     assert set(asked_ids(first)) <= {row["key"] for row in rows}
     answer(lab, ws, "labelled.parquet", 5)
     assert standing(ws).waiting == [] and len(standing(ws).labelled) == 5
+
+
+def test_a_candidate_file_that_is_not_whole_costs_only_itself(lab: Any) -> None:
+    ws = loop(lab)
+    whole, _ = load_candidates(ws)
+    path = lab.folder / "candidates" / "one.parquet"
+    path.write_bytes(path.read_bytes()[:-50])
+    left, refused = load_candidates(ws)
+    assert len(whole) == 70 and len(left) == 40 and refused == {"unreadable file": 1}

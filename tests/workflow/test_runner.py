@@ -240,7 +240,7 @@ def test_every_strategy_goes_all_the_way(lab: Any, instance: Any) -> None:
 
     few = {"steps": 20, "batch_size": 16}
     settings = {
-        **dict.fromkeys(STRATEGIES, {}),
+        **{name: {} for name in STRATEGIES},
         "bads": few | {"weighting": "network", "mode": "sgld", "chains": 2},
         "bads_joint": few,
         "smallloss": few | {"per_class": True},
