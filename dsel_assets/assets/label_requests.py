@@ -46,10 +46,10 @@ def label_requests(task: Task) -> dg.AssetsDefinition:
                 "waiting": len(now.waiting),
                 "labelled": len(now.labelled),
                 "requests": dg.MetadataValue.path(str(requests_file(newest))),
-                "waiting_rows": table([{"example_id": name} for name in now.waiting[:SHOWN]]),
+                "progress": picture(labelling(rounds)),
                 "rounds": table(rounds),
                 "refused": str(newest.summary["candidates_refused"] or "none"),
-                "progress": picture(labelling(rounds)),
+                "waiting_rows": table([{"example_id": name} for name in now.waiting[:SHOWN]]),
             },
         )
 

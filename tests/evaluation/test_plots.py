@@ -73,6 +73,25 @@ def draw_rounds() -> bytes:
     return plots.rounds(history, history[:4], 0.75)
 
 
+def draw_picks() -> bytes:
+    left = np.exp(-np.arange(50) / 20)
+    return plots.picks(left, left, np.minimum(1, 1.5 * left))
+
+
+def draw_labelling(rounds: int = 4, targets: bool = True) -> bytes:
+    return plots.labelling(
+        [
+            {
+                "round": i + 1,
+                "pool": 50 * i,
+                "validation_accuracy": 0.5 + i / 10,
+                "target_variance": 0.9 - i / 10 if targets else None,
+            }
+            for i in range(rounds)
+        ]
+    )
+
+
 def draw_composition(categories: int = 10) -> bytes:
     def count() -> dict[str, float]:
         return {str(i): float(RNG.integers(0, 40)) for i in range(categories)}
@@ -92,6 +111,10 @@ def draw_composition(categories: int = 10) -> bytes:
         lambda: draw_spectrum(chosen=32),
         draw_spectra,
         draw_rounds,
+        draw_picks,
+        draw_labelling,
+        lambda: draw_labelling(rounds=1),
+        lambda: draw_labelling(targets=False),
         draw_composition,
         lambda: draw_composition(categories=30),
         lambda: plots.composition({"random": {}}, {"clean": 3}, "vendor"),
@@ -178,3 +201,7 @@ def test_nothing_to_draw_is_refused() -> None:
         plots.spectra([])
     with pytest.raises(ValueError, match="no rounds"):
         plots.rounds([], [], 0.5)
+    with pytest.raises(ValueError, match="no picks"):
+        plots.picks([], [], [])
+    with pytest.raises(ValueError, match="no rounds"):
+        plots.labelling([])
