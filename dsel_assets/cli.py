@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dsel_assets.task import Task
+from dsel_assets.task import Task, TaskError, load_task
+
+if TYPE_CHECKING:
+    from dsel_assets.steps.workspace import Workspace
 
 app = typer.Typer(
     help="Decide which examples to finetune on, and see what it bought.",
@@ -31,6 +37,32 @@ COLUMNS = (
     "train s",
 )
 TaskFile = Annotated[Path, typer.Argument(help="The task's YAML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Errors as one line: 2 for a task that can't be used, 1 for what failed or is missing."""
+    try:
+        yield
+    except TaskError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except (RuntimeError, FileExistsError) as error:
+        if isinstance(error, typer.Exit):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _workspace(task_file: Path) -> Workspace:
+    from dsel_assets.steps.workspace import Workspace, home
+
+    return Workspace(load_task(task_file), home())
+
+
+def _print(found: Any, as_json: bool, lines: Iterator[str]) -> None:
+    typer.echo(json.dumps(found, indent=1, default=str) if as_json else "\n".join(lines))
 
 
 @app.callback()
@@ -57,22 +89,16 @@ def run(
     """Ingest what landed, select, finetune, compare; only what is missing is made."""
     from dsel_assets.runner import dagster_instance, initialise
     from dsel_assets.runner import run as run_task
-    from dsel_assets.task import TaskError, load_task, shortened
+    from dsel_assets.task import shortened
 
     started = time.perf_counter()
-    try:
+    with _telling():
         task = load_task(task_file)
         if quick:
             task = shortened(task)
         with dagster_instance() as instance:
             initialise(instance)
             outcome = run_task(task, instance)
-    except TaskError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except RuntimeError as error:  # a job that failed, or a store that lacks something
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     if not outcome.runs:
         typer.echo("nothing to do: every arrival, selection, checkpoint and verdict is there")
     show_leaderboard(task, outcome.generation)
@@ -84,19 +110,85 @@ def label(task_file: TaskFile) -> None:
     """Ask for the labels that say most: print where the next requests lie and who still waits."""
     from dsel_assets.runner import dagster_instance, initialise
     from dsel_assets.runner import label as ask_for_labels
-    from dsel_assets.task import TaskError, load_task
 
-    try:
+    with _telling():
         task = load_task(task_file)
         with dagster_instance() as instance:
             initialise(instance)
             typer.echo(ask_for_labels(task, instance))
-    except TaskError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except RuntimeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+
+
+@app.command()
+def status(task_file: TaskFile = Path("tasks/digits.yaml"), as_json: Json = False) -> None:
+    """Say what has landed, what is selected, what is missing, and who is champion."""
+    from dsel_assets.steps.status import status as standing
+
+    with _telling():
+        found = standing(_workspace(task_file))
+        _print(found, as_json, (f"{name}: {value}" for name, value in found.items()))
+
+
+@app.command()
+def explain(
+    example_id: Annotated[str, typer.Argument(help="Id of an example of the pool.")],
+    task_file: TaskFile = Path("tasks/digits.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Say why an example was chosen, or what became of it."""
+    from dsel_assets.steps.explain import explain as why
+
+    with _telling():
+        found = why(_workspace(task_file), example_id)
+        _print(found, as_json, _explained(found))
+
+
+def _explained(found: dict[str, Any]) -> Iterator[str]:
+    yield f"{found['example_id']}, generation {found['generation']}"
+    for part in ("arrivals", "quarantine", "selections"):
+        yield f"{part}:" if found[part] else f"{part}: none"
+        for row in found[part]:
+            shown = (f"{name} {_short(value)}" for name, value in row.items() if value is not None)
+            yield "  " + ", ".join(shown)
+    gradient = found["gradient"] or {}
+    yield "gradient: " + (", ".join(f"{k} {_short(v)}" for k, v in gradient.items()) or "none")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Argument(help="A new folder.")],
+    strategy: Annotated[str, typer.Option(help="Whose selection.")],
+    budget: Annotated[int, typer.Option(help="At which budget.")],
+    seed: Annotated[int, typer.Option(help="Which of the paired seeds.")] = 0,
+    task_file: Annotated[Path, typer.Option("--task", help="The task's YAML file.")] = Path(
+        "tasks/digits.yaml"
+    ),
+    form: Annotated[
+        Literal["parquet", "jsonl", "hf"], typer.Option("--as", help="hf: for `datasets`.")
+    ] = "parquet",
+) -> None:
+    """Write a selection's rows for other tools, with a manifest."""
+    from dsel_assets.steps.export import export as write
+
+    with _telling():
+        typer.echo(write(_workspace(task_file), strategy, budget, seed, to, form))
+
+
+@app.command()
+def doctor(task_file: TaskFile = Path("tasks/digits.yaml"), as_json: Json = False) -> None:
+    """Read everything that is stored and say what is damaged or left over; 1 if anything is."""
+    from dataclasses import asdict
+
+    from dsel_assets.steps.doctor import examine
+
+    with _telling():
+        found = list(examine(_workspace(task_file)))
+    lines = (f"{one.path}: {one.problem}; {one.do}" for one in found)
+    _print([asdict(one) for one in found], as_json, lines if found else iter(["all is well"]))
+    raise typer.Exit(1 if found else 0)
 
 
 def show_leaderboard(task: Task, generation: int) -> None:
@@ -164,14 +256,11 @@ def ui(
 ) -> None:
     """Show Dagster and MLflow on this machine; the sensors and the schedule work meanwhile."""
     from dsel_assets.runner import ROOT
-    from dsel_assets.task import TaskError, load_tasks
+    from dsel_assets.task import load_tasks
     from dsel_assets.ui import serve
 
-    try:
+    with _telling():
         load_tasks(ROOT / "tasks")  # one broken file would hide every task
-    except TaskError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     init()
     raise typer.Exit(serve(port, mlflow_port))
 

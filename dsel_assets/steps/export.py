@@ -1,0 +1,142 @@
+"""A selection as files that other tools read, beside a manifest that says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dsel_assets.resources.store import Entry, StoreError, file_sha256, write_json
+from dsel_assets.steps.cells import Cell, cells
+from dsel_assets.steps.generation import Generation, current_generation, load_pool
+from dsel_assets.steps.workspace import Workspace
+
+Format = Literal["parquet", "jsonl", "hf"]
+MANIFEST = "manifest.json"
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+---
+{rows} examples that dsel chose for `{task}` by `{strategy}` at a budget of {budget}, seed {seed}
+(generation {generation}, selection {selection}).
+"""
+
+
+def export(
+    ws: Workspace, strategy: str, budget: int, seed: int, to: Path, form: Format = "parquet"
+) -> Path:
+    """Write a selection of the current generation into the new folder `to`; returns the folder.
+
+    Rows are in the order of choice: id, rank, weight, strategy, arrival, label, source, input.
+    `hf` is a folder that `datasets.load_dataset` reads. The folder appears whole or not at all.
+    StoreError for a cell that is not there, FileExistsError for a folder that is.
+    """
+    if to.exists():
+        raise FileExistsError(f"{to} is there already; name a new folder")
+    generation = current_generation(ws)
+    cell = _cell(ws, generation, strategy, budget, seed)
+    entry = ws.store.get(ws.task.name, "subsets", cell.selection)
+    table = _table(ws, generation, strategy, entry)
+    part = to.with_name(f".{to.name}.part-{uuid4().hex[:8]}")
+    part.mkdir(parents=True)
+    try:
+        said = {
+            "task": ws.task.name,
+            "generation": generation.number,
+            "strategy": strategy,
+            "budget": budget,
+            "seed": seed,
+            "selection": entry.identity,
+            "rows": len(table),
+        }
+        WRITERS[form](table, part, said)
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(part)): file_sha256(path) for path in files}
+        write_json(part / MANIFEST, said | {"fields": cell.selection, "sha256": sums})
+        part.rename(to)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return to
+
+
+def _cell(ws: Workspace, generation: Generation, strategy: str, budget: int, seed: int) -> Cell:
+    if strategy not in ws.task.strategies.chosen():
+        raise StoreError(
+            f"{ws.task.name} has no strategy {strategy!r}; it has "
+            + ", ".join(ws.task.strategies.chosen())
+        )
+    for cell in cells(ws, generation, strategy):
+        if (cell.budget, cell.seed) == (budget, seed):
+            return cell
+    raise StoreError(
+        f"{ws.task.name} has no budget {budget} with seed {seed}; budgets are {ws.task.budgets}, "
+        f"seeds 0 to {ws.task.seeds - 1}"
+    )
+
+
+def _table(ws: Workspace, generation: Generation, strategy: str, entry: Entry) -> pa.Table:
+    chosen = pq.read_table(entry.file("rows.parquet"))
+    pool = load_pool(ws, generation)[0]
+    place = {name: row for row, name in enumerate(pool.ids.tolist())}
+    ids = chosen["example_id"].to_pylist()
+    rows = pool.take(np.array([place[name] for name in ids], dtype=np.int64))
+    arrived = _arrival_of(ws, generation)
+    classes, shape = ws.task.pool.columns.classes, ws.task.pool.columns.shape
+    assert rows.inputs is not None
+    return pa.table(
+        {
+            "id": ids,
+            "rank": chosen["rank"],
+            "weight": chosen["weight"],
+            "strategy": [strategy] * len(ids),
+            "arrival": [arrived[name] for name in ids],
+            "label": [classes[label] for label in rows.labels],
+            "source": rows.groups,
+            "input": list(rows.inputs.reshape(len(ids), -1)) if len(shape) else rows.inputs,
+        }
+    )
+
+
+def _arrival_of(ws: Workspace, generation: Generation) -> dict[str, str]:
+    """The arrival that each id of the generation came with first."""
+    found: dict[str, str] = {}
+    for member in generation.members:
+        entry = ws.store.entry(ws.task.name, "pool", member.pool)
+        assert entry is not None
+        ids = pq.read_table(entry.file("rows.parquet"), columns=["example_id"])["example_id"]
+        for name in ids.to_pylist():
+            found.setdefault(name, member.arrival)
+    return found
+
+
+def _parquet(table: pa.Table, folder: Path, said: dict[str, Any]) -> None:
+    pq.write_table(table, folder / "selection.parquet")
+
+
+def _jsonl(table: pa.Table, folder: Path, said: dict[str, Any]) -> None:
+    with (folder / "selection.jsonl").open("w") as file:
+        for batch in table.to_batches(max_chunksize=1024):
+            file.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+
+
+def _hugging_face(table: pa.Table, folder: Path, said: dict[str, Any]) -> None:
+    (folder / "data").mkdir()
+    pq.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
+    (folder / "README.md").write_text(CARD.format(**said))
+
+
+WRITERS: dict[str, Callable[[pa.Table, Path, dict[str, Any]], None]] = {
+    "parquet": _parquet,
+    "jsonl": _jsonl,
+    "hf": _hugging_face,
+}
