@@ -460,12 +460,17 @@ def junk(seeds: int = SEEDS) -> str:
         page.markdown(header, rows)
         + "\n\nMean weight of rows with right labels {:.2f}, wrong labels {:.2f}, of junk {:.2f}."
         " Rank correlation of weight with the model's loss {:.2f}; the alarm `easy_junk` was on in"
-        " {} of {} runs.".format(*weights, correlation, sum(each[3] for each in found), seeds)
-    )
+        " {} of {} runs, and in {} of those without junk.".format(
+            *weights, correlation, sum(each[3] for each in found), seeds,
+            sum(each[4] for each in found),
+        )
+    )  # fmt: skip
 
 
-def _junk(seed: int) -> tuple[dict[str, list[float]], list[float], float, bool]:
+def _junk(seed: int) -> tuple[dict[str, list[float]], list[float], float, bool, bool]:
     given = digits("symmetric", 0.5, seed)
+    steps: dict[str, Any] = {"seed": seed, "steps": STEPS, "batch_size": BATCH}
+    alone = infer_weights(given.build(), given.pool, given.target, beta=given.beta, **steps)
     pattern = torch.from_numpy(np.random.default_rng(0).random(64, np.float32))
     easy = pattern.expand(600, -1).clone(), torch.zeros(600, dtype=torch.long)
     kind = np.concatenate([np.where(given.right, 0, 1), np.full(600, 2)])
@@ -473,9 +478,7 @@ def _junk(seed: int) -> tuple[dict[str, list[float]], list[float], float, bool]:
     given = Trial(
         pool, kind == 0, given.target, given.test, given.build, float((kind == 0).mean()), seed
     )
-    found = infer_weights(
-        given.build(), pool, given.target, beta=given.beta, seed=seed, steps=STEPS, batch_size=BATCH
-    )
+    found = infer_weights(given.build(), pool, given.target, beta=given.beta, **steps)
     weights: Floats = found.mean
     settings: dict[str, Any] = {"steps": RETRAIN, "batch_size": BATCH, "seed": seed}
     quality, _ = label_quality(pool[1].numpy(), out_of_fold(given.build, *pool, **settings))
@@ -491,7 +494,8 @@ def _junk(seed: int) -> tuple[dict[str, list[float]], list[float], float, bool]:
         rows[name] = [*shares, retrained(given, score, RETRAIN).hits.mean()]
     means = [float(weights[kind == which].mean()) for which in range(3)]
     told = found.diagnostics
-    return rows, means, told["weight_loss_correlation"], told["easy_junk"]
+    false = alone.diagnostics["easy_junk"]
+    return rows, means, told["weight_loss_correlation"], told["easy_junk"], false
 
 
 BETAS, SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9), (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

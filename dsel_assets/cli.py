@@ -158,6 +158,50 @@ def _short(value: Any) -> str:
 
 
 @app.command()
+def diff(
+    earlier: Annotated[int, typer.Argument(help="Number of a generation.")],
+    later: Annotated[int, typer.Argument(help="Number of a later one.")],
+    task_file: TaskFile = Path("tasks/digits.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Say what each strategy kept, added and dropped from one generation to another."""
+    from dsel_assets.steps.churn import diff as compare
+
+    with _telling():
+        found = compare(_workspace(task_file), earlier, later)
+        lines = (
+            f"{row['strategy']} at {row['budget']}, seed {row['seed']}: kept {len(row['kept'])}, "
+            f"added {len(row['added'])}, dropped {len(row['dropped'])}"
+            for row in found
+        )
+        _print(found, as_json, lines)
+
+
+@app.command()
+def rollback(
+    task_file: TaskFile = Path("tasks/digits.yaml"),
+    by: Annotated[str, typer.Option(help="Who decides.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Go back to the champion before this one; holds until another verdict promotes."""
+    from getpass import getuser
+
+    from dsel_assets.resources.tracking import Tracking, best_effort
+    from dsel_assets.steps.champion import rollback as go_back
+    from dsel_assets.steps.model import WEIGHTS
+
+    with _telling():
+        ws = _workspace(task_file)
+        now = go_back(ws, by or getuser())
+        checkpoint = now and ws.store.entry(ws.task.name, "checkpoints", now["checkpoint"])
+        with best_effort(f"{ws.task.name}: the alias of the champion"):
+            weights = checkpoint.file(WEIGHTS) if checkpoint else Path()
+            Tracking.at(ws.home).register_champion(ws.task.name, now, weights)
+        said = f"{now['strategy']} at {now['budget']}, {now['selection']}" if now else "none"
+        _print(now, as_json, iter([f"champion: {said}"]))
+
+
+@app.command()
 def export(
     to: Annotated[Path, typer.Argument(help="A new folder.")],
     strategy: Annotated[str, typer.Option(help="Whose selection.")],
@@ -198,7 +242,7 @@ def show_leaderboard(task: Task, generation: int) -> None:
     from rich.table import Table
 
     from dsel_assets.resources.warehouse import Warehouse
-    from dsel_assets.steps.verdict import champion
+    from dsel_assets.steps.champion import champion
     from dsel_assets.steps.workspace import Workspace, home
 
     with Warehouse(home() / "warehouse.duckdb").connect(read_only=True) as warehouse:

@@ -22,14 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsel_assets.data.examples import Examples
-from dsel_assets.selection.chain import (
-    BLOCK,
-    Chain,
-    Data,
-    Member,
-    Settings,
-    network_scores,
-)
+from dsel_assets.models.tap import Tap
+from dsel_assets.selection.chain import Chain, Data, Member, Settings, examine, network_scores
 from dsel_assets.selection.guards import Neighbourhood, guards
 from dsel_assets.selection.interface import Choice, Needs, Selector, State
 from dsel_assets.selection.posterior import Floats, Singles, merge, rank_correlation
@@ -51,7 +45,8 @@ class Weights:
     ess         [N] float32 effective number of samples, by batch means; None with too few samples
     agreement   [N] float32 R-hat between chains, about 1 where they agree; None for one chain
     losses      [N] float32 nats under the joint model of the last chain, in eval mode
-    outside     [N] bool: farther from the target than the target is from itself (`Neighbourhood`)
+    outside     [N] bool: farther from the target than the target is from itself (`Neighbourhood`),
+                as the model saw it at first
     model       the caller's, as the last chain left it
     members     where each chain ended: for `start`, and to score new rows
     diagnostics scalars
@@ -173,7 +168,7 @@ def infer_weights(
                 bar.update(chain.done)
                 chain.run(save_every=save_every, tick=bar.update)
                 if number == chains - 1:
-                    losses, outside = _examined(chain)
+                    losses = np.concatenate([b.losses.numpy() for b in chain.examine(train)])
             finally:
                 chain.tap.remove()
             found.append(chain)
@@ -181,6 +176,7 @@ def infer_weights(
     means = [chain.moments.mean for chain in found]
     alike = [rank_correlation(a, b) for i, a in enumerate(means) for b in means[:i]]
     posterior = merge([chain.moments for chain in found])
+    outside = _outside(model, initial, train, target)
     settled = [chain.stability for chain in found if chain.stability is not None]
     each = [member.logits for member in members if member.logits is not None]
     diagnostics = guards(posterior.mean, losses, outside, beta, each) | {
@@ -250,16 +246,21 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def _examined(chain: Chain) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Losses of the pool, and which rows lie outside the target, under the chain's model."""
-    target = torch.cat([block.embeddings for block in chain.examine(chain.target)])
-    near = Neighbourhood(target, chain.target[1])
-    losses, outside = np.empty(chain.rows, np.float32), np.empty(chain.rows, bool)
-    for i, block in enumerate(chain.examine(chain.train)):
-        part = slice(i * BLOCK, (i + 1) * BLOCK)
-        losses[part] = block.losses
-        outside[part] = near.outside(block.embeddings, block.labels)
-    return losses, outside
+def _outside(
+    model: nn.Module, initial: dict[str, Tensor], train: Data, target: Data
+) -> NDArray[np.bool_]:
+    """[N] rows of the pool that lie outside the target, as the model saw them before the chains.
+
+    A chain that learned some junk by heart would put it next to the target.
+    """
+    before = deepcopy(model)
+    before.load_state_dict(initial)
+    tap = Tap(before)
+    near = Neighbourhood(
+        torch.cat([block.embeddings for block in examine(before, tap, target)]), target[1].cpu()
+    )
+    blocks = examine(before, tap, train)
+    return np.concatenate([near.outside(b.embeddings, b.labels).numpy() for b in blocks])
 
 
 class Bads(Selector):

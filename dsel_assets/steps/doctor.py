@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsel_assets.resources.store import MANIFEST, StoreError, alive
-from dsel_assets.steps.verdict import champion
+from dsel_assets.steps.champion import champion
 from dsel_assets.steps.workspace import Workspace
 
 LEAST_FREE = 2**30  # bytes of disk below which the next run may fail

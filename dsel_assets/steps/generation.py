@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock
@@ -51,6 +53,21 @@ def current_generation(ws: Workspace) -> Generation:
             number = 1 + len(list(folder.glob("*.json")))
             write_json(path, {"number": number, **fields})
     return Generation(json.loads(path.read_text())["number"], path.stem, found)
+
+
+def generation_at(ws: Workspace, number: int) -> Generation:
+    """The generation of this number; StoreError if there is none."""
+    paths = ws.store.folder(ws.task.name, "generations").glob("*.json")
+    known = {content["number"]: (path.stem, content) for path, content in _contents(paths)}
+    if number not in known:
+        there = ", ".join(map(str, sorted(known))) or "none yet"
+        raise StoreError(f"{ws.task.name} has no generation {number}; there are {there}")
+    name, content = known[number]
+    return Generation(number, name, tuple(Member(**member) for member in content["members"]))
+
+
+def _contents(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    return ((path, json.loads(path.read_text())) for path in paths)
 
 
 def _members(ws: Workspace) -> list[Member]:

@@ -7,9 +7,10 @@ from typing import Any
 from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.arrivals import arrivals, landed
 from dsel_assets.steps.cells import missing_strategies
+from dsel_assets.steps.champion import champion
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.pool import find_ingested, held_back
-from dsel_assets.steps.verdict import champion, find_verdict
+from dsel_assets.steps.verdict import find_verdict
 from dsel_assets.steps.workspace import Workspace
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +11,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dsel_assets.evaluation import holm, paired_difference, verdict
-from dsel_assets.resources.store import Entry, Store, identity, write_json
+from dsel_assets.resources.store import Entry, Store, identity
 from dsel_assets.selection import STRATEGIES
 from dsel_assets.steps.cells import Cell, cells
+from dsel_assets.steps.champion import champion, crown
 from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.metrics import SPLITS
 from dsel_assets.steps.workspace import Workspace
@@ -72,8 +72,8 @@ def comparisons(decided: Entry) -> list[dict[str, Any]]:
 def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, Any] | None:
     """Make the best strategy that validation calls better the champion; else keep the one there is.
 
-    The champion is the selection of the first seed at the promoted budget. Every change is
-    appended to `promotions.jsonl` with the evidence; asking again changes nothing.
+    The champion is the selection of the first seed at the promoted budget. Asking again changes
+    nothing.
     """
     better = [
         row
@@ -100,20 +100,7 @@ def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, 
         "evidence": {key: best[key] for key in ("diff", "diff_low", "diff_high", "p_holm")},
         "verdict": decided.identity,
     }
-    folder = ws.store.folder(ws.task.name, "champion")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "champion.json", chosen)
-    log, line = folder / "promotions.jsonl", json.dumps(chosen, sort_keys=True)
-    if not log.exists() or log.read_text().splitlines()[-1:] != [line]:
-        with log.open("a") as lines:
-            lines.write(line + "\n")
-    return chosen
-
-
-def champion(ws: Workspace) -> dict[str, Any] | None:
-    """The promoted selection and the evidence it was promoted on, or None."""
-    path = ws.store.folder(ws.task.name, "champion") / "champion.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return crown(ws, chosen, "verdict")
 
 
 def _comparisons(

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.cells import cells
+from dsel_assets.steps.champion import champion, history, rollback
 from dsel_assets.steps.generation import current_generation
-from dsel_assets.steps.verdict import champion, compare, promote, verdict_identity
+from dsel_assets.steps.verdict import compare, promote, verdict_identity
 
 ROW = {
     "split": "validation",
@@ -35,11 +36,6 @@ def decided(ws: Any, *rows: dict[str, Any]) -> Any:
     return draft.done
 
 
-def log(ws: Any) -> list[dict[str, Any]]:
-    path = ws.store.folder("tiny", "champion") / "promotions.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 SAME = "no difference shown"
 
 
@@ -53,7 +49,7 @@ def test_nothing_better_promotes_nothing(done: Any) -> None:
 
 def test_the_best_of_the_better_becomes_champion_once(done: Any) -> None:
     ws = done.workspace()
-    generation, before = current_generation(ws), len(log(ws))
+    generation, before = current_generation(ws), len(history(ws))
     verdict = decided(
         ws,
         {"strategy": "itl", "verdict": "better", "diff": 0.01},
@@ -68,7 +64,7 @@ def test_the_best_of_the_better_becomes_champion_once(done: Any) -> None:
     assert chosen["verdict"] == verdict.identity
     for _ in range(2):
         assert promote(ws, generation, verdict) == chosen == champion(ws)
-    assert len(log(ws)) == before + 1 and log(ws)[-1] == chosen
+    assert len(history(ws)) == before + 1 and history(ws)[-1] == chosen
 
 
 def test_a_champion_stays_until_something_is_better(done: Any) -> None:
@@ -78,7 +74,7 @@ def test_a_champion_stays_until_something_is_better(done: Any) -> None:
     assert promote(ws, generation, decided(ws, {"strategy": "itl", "verdict": SAME})) == first
     second = promote(ws, generation, decided(ws, {"strategy": "itl", "verdict": "better"}))
     assert second is not None and second["strategy"] == "itl"
-    assert [line["strategy"] for line in log(ws)][-2:] == ["skmm", "itl"]
+    assert [line["strategy"] for line in history(ws)][-2:] == ["skmm", "itl"]
 
 
 @pytest.mark.parametrize(
@@ -122,3 +118,34 @@ def test_a_strategy_is_compared_on_the_same_examples(done: Any) -> None:
         assert row["diff_low"] <= row["diff"] <= row["diff_high"]
         assert row["corrected"] == (row["budget"] == 10)
         assert row["p_holm"] >= row["p"]
+
+
+def test_a_rollback_goes_back_and_holds_until_another_verdict(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    with pytest.raises(StoreError, match="no champion, so nothing can be rolled back"):
+        rollback(ws, "me")
+    one, two, three = (
+        decided(ws, {"strategy": name, "verdict": "better", "diff": diff})
+        for name, diff in (("itl", 0.01), ("skmm", 0.02), ("bads", 0.03))
+    )
+    first, second = promote(ws, generation, one), promote(ws, generation, two)
+    assert first is not None and second is not None and second["by"] == "verdict"
+    assert rollback(ws, "me") == first == champion(ws)
+    assert promote(ws, generation, two) == first  # the same verdict does not bring it back
+    assert history(ws)[-1]["by"] == "me" and history(ws)[-1]["selection"] == second["selection"]
+    third = promote(ws, generation, three)
+    assert third is not None and third["strategy"] == "bads"
+    assert rollback(ws, "me") == first
+    assert rollback(ws, "me") is None and champion(ws) is None
+
+
+def test_a_move_that_a_kill_cut_short_is_none(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    first = promote(ws, generation, decided(ws, {"strategy": "itl", "verdict": "better"}))
+    path = ws.store.folder("tiny", "champion") / "promotions.jsonl"
+    path.write_text(path.read_text() + '{"move": "promo')
+    assert champion(ws) == first
+    second = promote(ws, generation, decided(ws, {"strategy": "skmm", "verdict": "better"}))
+    assert second is not None and second["strategy"] == "skmm" and len(history(ws)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from dsel_assets.cli import app
 from dsel_assets.steps.cells import cells
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.subsets import chosen_ids
+
+SQL = Path(__file__).parents[2] / "dbt_like_sql"
 
 
 def call(*words: Any) -> tuple[int, str, str]:
@@ -55,8 +58,85 @@ def test_mistakes_are_one_line(done: Any, task_file: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "label", "status", "explain", "export", "doctor", "ui", "init"]
+    "command",
+    ["run", "label", "status", "explain", "diff", "rollback", "export", "doctor", "ui", "init"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     code, said, _ = call(command, "--help")
     assert code == 0 and "Usage" in said
+
+
+def test_a_rollback_moves_the_alias_in_mlflow(done: Any, task_file: Any) -> None:
+    from mlflow import MlflowClient
+
+    from dsel_assets.resources.tracking import Tracking
+    from dsel_assets.steps.champion import crown
+    from dsel_assets.steps.model import WEIGHTS
+
+    ws = done.workspace()
+    tracking = Tracking.at(done.home)
+    tracking.initialise()
+    assert call("rollback", task_file)[0] == 1
+    for number, strategy in enumerate(("itl", "skmm")):
+        cell = next(iter(cells(ws, current_generation(ws), strategy)))
+        chosen = {
+            "strategy": strategy,
+            "budget": 5,
+            "generation": 1,
+            "selection": cell.identities["subsets"],
+            "checkpoint": cell.identities["checkpoints"],
+            "evidence": {"diff": 0.1},
+            "verdict": f"v{number}",
+        }
+        champion = crown(ws, chosen, "verdict")
+        weights = ws.store.get("tiny", "checkpoints", cell.checkpoint).file(WEIGHTS)
+        tracking.register_champion("tiny", champion, weights)
+    client = MlflowClient(tracking.uri)
+
+    def aliased() -> str:
+        return client.get_model_version_by_alias("tiny", "champion").tags["dsel.strategy"]
+
+    assert aliased() == "skmm"
+    assert call("rollback", task_file, "--by", "me")[1].startswith("champion: itl at 5")
+    assert aliased() == "itl"
+    assert call("rollback", task_file)[1] == "champion: none\n"
+    assert not client.get_registered_model("tiny").aliases
+
+
+def test_what_changed_between_generations(done: Any, task_file: Any) -> None:
+    from dsel_assets.pipeline import run
+    from dsel_assets.resources.warehouse import Warehouse
+    from dsel_assets.sql import load_models
+    from dsel_assets.steps.catalog import tables
+
+    done.land("c.parquet", done.rows(220, 300))
+    run(done.workspace())
+    assert status_of(task_file)["generation"] == 2
+    rows = json.loads(call("diff", 1, 2, task_file, "--json")[1])
+    assert {row["strategy"] for row in rows} >= {"random", "itl", "skmm", "bads", "gradmatch"}
+    for row in rows:
+        sets = [set(row[name]) for name in ("kept", "added", "dropped")]
+        assert not sets[0] & sets[1] and not sets[0] & sets[2]
+        if row["strategy"] in ("itl", "skmm", "random"):
+            assert len(sets[0] | sets[1]) == len(sets[0] | sets[2]) == row["budget"]
+    warehouse = Warehouse(done.home / "warehouse.duckdb")
+    warehouse.initialise()
+    warehouse.publish_views(tables(done.home))
+    for model in load_models(SQL):
+        warehouse.build(model.name, model.text, {})
+    with warehouse.connect(read_only=True) as connection:
+        found = connection.execute(
+            "select strategy, budget, seed, kept, added, dropped from churn where generation = 2"
+        ).fetchall()
+    assert {row[:3]: row[3:] for row in found} == {
+        (row["strategy"], row["budget"], row["seed"]): tuple(
+            len(row[name]) for name in ("kept", "added", "dropped")
+        )
+        for row in rows
+    }
+    code, _, error = call("diff", 1, 7, task_file)
+    assert code == 1 and "no generation 7; there are 1, 2" in error
+
+
+def status_of(task_file: Any) -> Any:
+    return json.loads(call("status", task_file, "--json")[1])

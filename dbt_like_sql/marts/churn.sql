@@ -1,0 +1,41 @@
+-- What each generation changed: of the examples that a strategy chose in the generation before, at the
+-- same budget and seed, how many it kept, how many came and how many went.
+with consecutive as (
+    select
+        now.task,
+        now.generation,
+        now.strategy,
+        now.budget,
+        now.seed,
+        now.selection,
+        earlier.selection as earlier_selection,
+        now.chosen,
+        earlier.chosen as earlier_chosen
+    from cells as now
+    join cells as earlier
+        on earlier.task = now.task and earlier.generation = now.generation - 1
+        and earlier.strategy = now.strategy and earlier.budget = now.budget
+        and earlier.seed = now.seed
+),
+stayed as (
+    select c.task, c.selection, c.earlier_selection, count(*) as kept
+    from (select distinct task, selection, earlier_selection from consecutive) as c
+    join chosen as a on a.task = c.task and a.selection = c.selection
+    join chosen as b
+        on b.task = c.task and b.selection = c.earlier_selection and b.example_id = a.example_id
+    group by c.task, c.selection, c.earlier_selection
+)
+select
+    c.task,
+    c.generation,
+    c.strategy,
+    c.budget,
+    c.seed,
+    coalesce(s.kept, 0) as kept,
+    c.chosen - coalesce(s.kept, 0) as added,
+    c.earlier_chosen - coalesce(s.kept, 0) as dropped
+from consecutive as c
+left join stayed as s
+    on s.task = c.task and s.selection = c.selection
+    and s.earlier_selection = c.earlier_selection
+order by c.task, c.generation, c.strategy, c.budget, c.seed

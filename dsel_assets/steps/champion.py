@@ -1,0 +1,89 @@
+"""The champion: the promoted selection, read off the history of promotions and rollbacks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dsel_assets.resources.store import StoreError
+from dsel_assets.steps.workspace import Workspace
+
+PROMOTED, ROLLED_BACK = "promoted", "rolled back"
+
+
+def champion(ws: Workspace) -> dict[str, Any] | None:
+    """The promoted selection and the evidence it was promoted on, or None."""
+    return next(reversed(_reigns(ws)), None)
+
+
+def history(ws: Workspace) -> list[dict[str, Any]]:
+    """Every move, oldest first: `move`, `when` (UTC), `by`, and the selection that it was about.
+
+    A line that a kill cut short is no move.
+    """
+    path = _path(ws)
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] | None:
+    """Make this selection the champion, once for a verdict; returns the champion there is.
+
+    chosen has `strategy`, `budget`, `generation`, `selection`, `checkpoint`, `evidence` and
+    `verdict`. What was promoted and rolled back stays so until another verdict promotes.
+    """
+    with _locked(ws):
+        what = chosen["verdict"], chosen["selection"]
+        if what not in {(line.get("verdict"), line["selection"]) for line in history(ws)}:
+            _append(ws, {**chosen, "move": PROMOTED, "by": by, "when": _now()})
+        return champion(ws)
+
+
+def rollback(ws: Workspace, by: str) -> dict[str, Any] | None:
+    """Back to the champion before this one, or to none; StoreError where there is no champion."""
+    with _locked(ws):
+        gone = champion(ws)
+        if gone is None:
+            raise StoreError(f"{ws.task.name} has no champion, so nothing can be rolled back")
+        about = {"selection": gone["selection"], "strategy": gone["strategy"]}
+        _append(ws, {**about, "move": ROLLED_BACK, "by": by, "when": _now()})
+        return champion(ws)
+
+
+def _reigns(ws: Workspace) -> list[dict[str, Any]]:
+    """The champions that a rollback could go back through, the present one last."""
+    found: list[dict[str, Any]] = []
+    for line in history(ws):
+        if line["move"] == PROMOTED:
+            found.append(line)
+        else:
+            found.pop()
+    return found
+
+
+def _append(ws: Workspace, line: Mapping[str, Any]) -> None:
+    path = _path(ws)
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as log:
+        log.write(("\n" if torn else "") + json.dumps(line, sort_keys=True) + "\n")
+        log.flush()
+        os.fsync(log.fileno())
+
+
+def _path(ws: Workspace) -> Path:
+    return ws.store.folder(ws.task.name, "champion") / "promotions.jsonl"
+
+
+def _locked(ws: Workspace) -> FileLock:
+    _path(ws).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(_path(ws).with_name("lock"))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
