@@ -522,6 +522,9 @@ class Task(_Spec):
     intrinsic: IntrinsicSpec = IntrinsicSpec()
     strategies: Strategies = Strategies()
     active: Active | None = Field(None, description="ask for labels, in rounds")
+    reselect: Literal["warm", "cold"] = Field(
+        "warm", description="after an arrival go on from the last selection, where a strategy can"
+    )
     budgets: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1, description="how many examples to choose, ascending"
     )

@@ -283,6 +283,7 @@ class Bads(Selector):
     name = "bads"
     version = 2
     needs = Needs.TARGET | Needs.LABELS | Needs.MODEL
+    warms = True
 
     def __init__(
         self,

@@ -118,6 +118,7 @@ class Selector(ABC):
     nested: ClassVar[bool] = True  # is a smaller budget a prefix of a larger one?
     deterministic: ClassVar[bool] = False  # does the seed change nothing?
     whole: ClassVar[bool] = False  # does the budget change nothing?
+    warms: ClassVar[bool] = False  # is a re-selection better off going on from the last one?
 
     def size(self, limit: int, rows: int) -> int:
         """How many of `rows` examples are chosen under a limit; some baselines ignore it."""

@@ -80,6 +80,7 @@ class Skmm(Selector):
     version = 2
     needs = Needs.SKETCHES | Needs.LABELS
     nested = False
+    warms = True
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.model import base_digest
 from dsel_assets.steps.pool import evaluation_set
 from dsel_assets.steps.sketches import sketch_space
+from dsel_assets.steps.warm import COLD, origins
 from dsel_assets.steps.workspace import Workspace
 
 
@@ -52,30 +53,36 @@ def cells(ws: Workspace, generation: Generation, strategy: str | None = None) ->
     space, base = sketch_space(ws), base_digest(ws)
     for name in [strategy] if strategy else task.strategies.chosen():
         selector = STRATEGIES[name]
-        for budget in task.budgets:
-            for seed in range(task.seeds):
-                selection = {
-                    "generation": generation.identity,
-                    "strategy": name,
-                    "version": selector.version,
-                    "settings": task.settings(name),
-                    "budget": None if selector.whole else budget,
-                    "seed": None if selector.deterministic else seed,
-                    "constraints": {},
-                    "warm": "cold",
-                    "target": target if Needs.TARGET in selector.needs else None,
-                    "space": space if selector.needs & (Needs.SKETCHES | Needs.MODEL) else None,
-                }
-                checkpoint = {
-                    "selection": identity(selection),
-                    "base": base,
-                    "finetune": task.finetune.model_dump(),
-                    "target": target if task.finetune.include_target else None,
-                    "seed": seed,
-                    "version": 1,
-                }
-                metric = {"checkpoint": identity(checkpoint), "on": evaluation, "version": 1}
-                yield Cell(name, budget, seed, selection, checkpoint, metric)
+        selections = {
+            (budget, seed): {
+                "generation": generation.identity,
+                "strategy": name,
+                "version": selector.version,
+                "settings": task.settings(name),
+                "budget": None if selector.whole else budget,
+                "seed": None if selector.deterministic else seed,
+                "constraints": {},
+                "warm": COLD,
+                "target": target if Needs.TARGET in selector.needs else None,
+                "space": space if selector.needs & (Needs.SKETCHES | Needs.MODEL) else None,
+            }
+            for budget in task.budgets
+            for seed in range(task.seeds)
+        }
+        if selector.warms and task.reselect == "warm":
+            for place, warm in origins(ws, generation, selections).items():
+                selections[place]["warm"] = warm
+        for (budget, seed), selection in selections.items():
+            checkpoint = {
+                "selection": identity(selection),
+                "base": base,
+                "finetune": task.finetune.model_dump(),
+                "target": target if task.finetune.include_target else None,
+                "seed": seed,
+                "version": 1,
+            }
+            metric = {"checkpoint": identity(checkpoint), "on": evaluation, "version": 1}
+            yield Cell(name, budget, seed, selection, checkpoint, metric)
 
 
 def artifacts(ws: Workspace, cell: Cell) -> tuple[Entry, Entry, Entry]:

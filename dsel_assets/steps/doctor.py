@@ -13,7 +13,7 @@ from dsel_assets.steps.champion import champion
 from dsel_assets.steps.workspace import Workspace
 
 LEAST_FREE = 2**30  # bytes of disk below which the next run may fail
-NOT_ARTIFACTS = {"arrivals", "generations", "champion", "scratch"}
+NOT_ARTIFACTS = {"arrivals", "generations", "champion", "scratch", "warm"}
 
 
 @dataclass(frozen=True)

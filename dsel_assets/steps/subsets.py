@@ -21,6 +21,7 @@ from dsel_assets.steps.cells import Cell, cells
 from dsel_assets.steps.generation import Generation, load_pool, load_target
 from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
 from dsel_assets.steps.parallel import each
+from dsel_assets.steps.warm import STATE, save_state, state_of
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import warn_about_budgets
 
@@ -65,9 +66,12 @@ def _write(
 ) -> None:
     with ws.store.write(ws.task.name, "subsets", cell.selection) as draft:
         budget = Budget(min(cell.budget, len(pool)))
-        chosen = selector.select(pool, target, budget, seed=cell.seed)
+        warm = state_of(ws, cell.selection["warm"])
+        chosen = selector.select(pool, target, budget, seed=cell.seed, warm=warm)
         table = _table(ws, cell.identities["subsets"], chosen)
         pq.write_table(table, draft.path / "rows.parquet")
+        if selector.warms and chosen.state:
+            save_state(chosen.state, draft.path / STATE)
         if chosen.model is not None:
             save_weights(chosen.model, draft.path / WEIGHTS)
         draft.rows = len(chosen.ids)
