@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from dsel_assets.assets.declare import Home, arrival_partitions, key
-from dsel_assets.resources.store import StoreError
-from dsel_assets.steps.arrivals import arrivals, landed, register
+from dsel_assets.resources.store import StoreError, identity
+from dsel_assets.steps.arrivals import arrivals, files_in, landed, register
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Task
 
@@ -151,11 +152,8 @@ def requests_to_select(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.Sk
         yield standing
         return
     generation, missing = standing
-    for strategy, identity in missing.items():
-        yield dg.RunRequest(
-            run_key=f"{strategy}-{identity}",
-            partition_key=strategy,
-        )
+    for strategy, wanted in missing.items():
+        yield dg.RunRequest(run_key=f"{strategy}-{wanted}", partition_key=strategy)
     if not missing:
         yield dg.SkipReason(f"nothing changed: generation {generation.number} is complete")
 
@@ -212,10 +210,17 @@ def requests_to_label(task: Task, home: Path) -> Iterator[dg.RunRequest | dg.Ski
     from dsel_assets.steps.labelling import standing
 
     assert task.active is not None
-    now = standing(Workspace(task, home))
+    try:
+        now = standing(Workspace(task, home))
+    except StoreError as error:  # an arrival under other settings
+        yield dg.SkipReason(str(error))
+        return
     if now.due(task.active):
-        labelled = len(now.labelled)
-        yield dg.RunRequest(run_key=f"round-{len(now.rounds) + 1}-{labelled}")
+        # a round that failed, or found no candidate, is tried again once anything is new
+        candidates = [asdict(file) for file in files_in(task.active.candidates)]
+        pool = now.generation.identity if now.generation else None
+        new = identity({"candidates": candidates, "pool": pool, "labelled": len(now.labelled)})
+        yield dg.RunRequest(run_key=f"round-{len(now.rounds) + 1}-{new}")
     else:
         yield dg.SkipReason(f"{len(now.waiting)} rows wait for their label")
 

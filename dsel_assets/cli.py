@@ -174,7 +174,8 @@ def diff(
             f"added {len(row['added'])}, dropped {len(row['dropped'])}"
             for row in found
         )
-        _print(found, as_json, lines)
+        nothing = iter(["no strategy has selections in both under today's settings"])
+        _print(found, as_json, lines if found else nothing)
 
 
 @app.command()

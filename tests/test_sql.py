@@ -540,7 +540,7 @@ DOCTORED = {  # check -> what is done to the table that it is about
     "chosen_in_pool": "update chosen set example_id = 'e7' where selection = 't-r20' and rank = 1",
     "chosen_unique": "insert into chosen select * from chosen limit 1",
     "cost_positive": "update cost set select_seconds = -1 where strategy = 'itl'",
-    "churn_adds_up": "insert into churn values ('t', 2, 'itl', 2, 0, 1, 1, 1)",
+    "churn_adds_up": "insert into churn values ('t', 2, 1, 'itl', 2, 0, 1, 1, 1)",
     "coverage_shares": "delete from coverage where value = 'zero' and strategy = 'itl'",
     "leaderboard_beside_random": "delete from leaderboard where strategy = 'random' and budget = 4",
     "leaderboard_cells_once": "update leaderboard set seeds = 1 where strategy = 'itl'",

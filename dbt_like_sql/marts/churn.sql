@@ -1,21 +1,19 @@
--- What each generation changed: of the examples that a strategy chose in the generation before, at the
--- same budget and seed, how many it kept, how many came and how many went.
+-- What each generation changed: of the examples that a strategy chose in the last generation before
+-- that has it, at the same budget and seed, how many it kept, how many came and how many went.
 with consecutive as (
     select
-        now.task,
-        now.generation,
-        now.strategy,
-        now.budget,
-        now.seed,
-        now.selection,
-        earlier.selection as earlier_selection,
-        now.chosen,
-        earlier.chosen as earlier_chosen
-    from cells as now
-    join cells as earlier
-        on earlier.task = now.task and earlier.generation = now.generation - 1
-        and earlier.strategy = now.strategy and earlier.budget = now.budget
-        and earlier.seed = now.seed
+        task,
+        generation,
+        strategy,
+        budget,
+        seed,
+        selection,
+        chosen,
+        lag(generation) over earlier as since,
+        lag(selection) over earlier as earlier_selection,
+        lag(chosen) over earlier as earlier_chosen
+    from cells
+    window earlier as (partition by task, strategy, budget, seed order by generation)
 ),
 stayed as (
     select c.task, c.selection, c.earlier_selection, count(*) as kept
@@ -28,6 +26,7 @@ stayed as (
 select
     c.task,
     c.generation,
+    c.since,
     c.strategy,
     c.budget,
     c.seed,
@@ -38,4 +37,5 @@ from consecutive as c
 left join stayed as s
     on s.task = c.task and s.selection = c.selection
     and s.earlier_selection = c.earlier_selection
+where c.since is not null
 order by c.task, c.generation, c.strategy, c.budget, c.seed

@@ -71,7 +71,7 @@ def subsets(task: Task) -> dg.AssetsDefinition:
                     composition(by_source, Counter(sources.values()), "source")
                 ),
                 "diagnostics": table([_mean(budget, rows) for budget, rows in numbers.items()]),
-                **({"picks": picture(picks(*largest.values()))} if largest else {}),
+                **({"picks": picture(picks(*largest.values()))} if any(largest.values()) else {}),
             },
         )
 

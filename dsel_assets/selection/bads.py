@@ -231,7 +231,8 @@ def _fingerprints(
         "target": target,
         "start": [t for m in start or () for t in (*m.joint.values(), *_own(m))],
     }
-    return {name: _digest(tensors) for name, tensors in parts.items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {name: _digest(tensors) for name, tensors in parts.items()} | {"trained": str(trained)}
 
 
 def _own(member: Member) -> list[Tensor]:
@@ -399,10 +400,11 @@ class BadsJoint(Bads):
         """All rows by falling weight."""
         assert target is not None
         run, seconds = self._run(pool, target, seed, warm)
-        mean, members = run.weights.mean[run.order].astype(np.float64), run.weights.members
+        order, members = ranking(run.weights, "top", seed), run.weights.members
+        mean = run.weights.mean[order].astype(np.float64)
         return Choice(
-            run.order,
-            {"weight_mean": mean, "weight_sd": run.weights.sd[run.order]},
+            order,
+            {"weight_mean": mean, "weight_sd": run.weights.sd[order]},
             run.weights.diagnostics,
             _state(pool.ids, members),
             spent=seconds,

@@ -198,7 +198,7 @@ class Chain:
         return examine(self.model, self.tap, data, net)
 
     def member(self) -> Member:
-        """Where the chain is, as copies."""
+        """Where the chain is: copies, but for the logits, which are its own."""
         joint = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         if isinstance(self.weighting, Each):
             return Member(joint, self.weighting.logits, None)

@@ -16,6 +16,7 @@ from dsel_assets.selection.posterior import rank_correlation
 Bools = NDArray[np.bool_]
 BOUND = 12.0  # of a logit: there a weight is within 1e-5 of 0 or 1 and has stopped moving
 RUNAWAY = 0.05  # share of logits beyond it
+BLOCK = 1024  # rows whose distances to the target are in memory
 JUNK = 0.1  # share of rows outside the target among those that the weights put first
 ALARMS = {
     "collapsed": "lower sigma, or set beta to the fraction that you believe useful",
@@ -34,20 +35,29 @@ class Neighbourhood:
 
     def __init__(self, embeddings: Tensor, labels: Tensor) -> None:
         self.embeddings, self.labels = embeddings, labels
-        apart = self._distances(embeddings, labels)
-        apart.fill_diagonal_(torch.inf)
-        nearest = apart.min(dim=1).values
+        nearest = torch.cat(
+            [
+                self._nearest(
+                    embeddings[start : start + BLOCK], labels[start : start + BLOCK], start
+                )
+                for start in range(0, len(labels), BLOCK)
+            ]
+        )
         known = nearest.isfinite()
         self.radius = float(nearest[known].max()) if known.any() else float("inf")
 
     def outside(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """[b] bool of these rows."""
-        found = self._distances(embeddings, labels).min(dim=1).values > self.radius
+        found = self._nearest(embeddings, labels) > self.radius
         return found | ~torch.isin(labels, self.labels)
 
-    def _distances(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def _nearest(self, embeddings: Tensor, labels: Tensor, own: int | None = None) -> Tensor:
+        """[b] distance to the nearest target row of the same label; own: where these rows begin."""
         apart = torch.cdist(embeddings.float(), self.embeddings.float())
-        return apart.masked_fill(labels[:, None] != self.labels, torch.inf)
+        apart.masked_fill_(labels[:, None] != self.labels, torch.inf)
+        if own is not None:
+            apart.diagonal(own).fill_(torch.inf)
+        return apart.min(dim=1).values
 
 
 def guards(
@@ -67,6 +77,10 @@ def guards(
     easy_junk  of the beta N rows of highest weight, more than 10 % are outside the target, and
                their median loss is no higher than the others': they are there as they are easy
     """
+    if not (np.isfinite(mean).all() and np.isfinite(losses).all()):
+        raise ValueError(
+            "the chain diverged: its weights or losses are not finite; lower rate or step"
+        )
     mean_weight = float(mean.mean(dtype=np.float64))
     sizes = [_beyond(each) for each in logits]
     first = _largest(mean, max(1, round(beta * len(mean))))

@@ -42,10 +42,13 @@ class Cell:
         }
 
 
-def cells(ws: Workspace, generation: Generation, strategy: str | None = None) -> Iterator[Cell]:
+def cells(
+    ws: Workspace, generation: Generation, strategy: str | None = None, decide: bool = False
+) -> Iterator[Cell]:
     """The cells of one strategy, or of all, in a fixed order.
 
-    Where a strategy does not look at the budget or the seed, its cells share a selection.
+    Where a strategy does not look at the budget or the seed, its cells share a selection. decide:
+    settles for good which selection each goes on from; only who selects does.
     """
     task = ws.task
     evaluation = {split: evaluation_set(ws, split).identity for split in ws.splits}
@@ -70,7 +73,7 @@ def cells(ws: Workspace, generation: Generation, strategy: str | None = None) ->
             for seed in range(task.seeds)
         }
         if selector.warms and task.reselect == "warm":
-            for place, warm in origins(ws, generation, selections).items():
+            for place, warm in origins(ws, generation, selections, decide).items():
                 selections[place]["warm"] = warm
         for (budget, seed), selection in selections.items():
             checkpoint = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,28 @@ def history(ws: Workspace) -> list[dict[str, Any]]:
 
     A line that a kill cut short is no move.
     """
-    path = _path(ws)
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    path, found = _path(ws), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] | None:
-    """Make this selection the champion, once for a verdict; returns the champion there is.
+    """Make this selection the champion, if it is not; returns the champion there is.
 
     chosen has `strategy`, `budget`, `generation`, `selection`, `checkpoint`, `evidence` and
-    `verdict`. What was promoted and rolled back stays so until another verdict promotes.
+    `verdict`. What a verdict promoted and somebody rolled back, that verdict promotes no more.
     """
     with _locked(ws):
-        what = chosen["verdict"], chosen["selection"]
-        if what not in {(line.get("verdict"), line["selection"]) for line in history(ws)}:
+        now = champion(ws)
+        same = now is not None and all(now[k] == chosen[k] for k in ("selection", "checkpoint"))
+        taken_back = any(
+            line["move"] == ROLLED_BACK
+            and all(line[k] == chosen[k] for k in ("selection", "verdict"))
+            for line in history(ws)
+        )
+        if not (same or taken_back):
             _append(ws, {**chosen, "move": PROMOTED, "by": by, "when": _now()})
         return champion(ws)
 
@@ -51,7 +60,7 @@ def rollback(ws: Workspace, by: str) -> dict[str, Any] | None:
         gone = champion(ws)
         if gone is None:
             raise StoreError(f"{ws.task.name} has no champion, so nothing can be rolled back")
-        about = {"selection": gone["selection"], "strategy": gone["strategy"]}
+        about = {key: gone[key] for key in ("selection", "strategy", "verdict")}
         _append(ws, {**about, "move": ROLLED_BACK, "by": by, "when": _now()})
         return champion(ws)
 
@@ -62,7 +71,7 @@ def _reigns(ws: Workspace) -> list[dict[str, Any]]:
     for line in history(ws):
         if line["move"] == PROMOTED:
             found.append(line)
-        else:
+        elif found:
             found.pop()
     return found
 

@@ -21,14 +21,15 @@ ABOUT_THE_FILE = ("task", "artifact", "selection", "example_id")
 def explain(ws: Workspace, example_id: str) -> dict[str, Any]:
     """What is known of one example in the current generation.
 
-    arrivals    rows that carried it: arrival, row, label, source; the first one's is kept
+    arrivals    rows that carried it: arrival, row, label, source; of the arrivals that are not held
+                back the first one's is kept
     quarantine  refusals of it: arrival, reason, detail
     gradient    loss in nats, norm, and the share of the generation whose norm is smaller
     selections  one a strategy, budget and seed that chose it: rank, weight, and every score
 
     StoreError if no file that landed has this id.
     """
-    generation = current_generation(ws)
+    generation = current_generation(ws, enter=False)
     arrived = [row | {"arrival": key} for key, row in _arrived(ws, example_id)]
     refused = list(_refused(ws, generation, example_id))
     if not arrived and not refused:

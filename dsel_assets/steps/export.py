@@ -43,7 +43,7 @@ def export(
     """
     if to.exists():
         raise FileExistsError(f"{to} is there already; name a new folder")
-    generation = current_generation(ws)
+    generation = current_generation(ws, enter=False)
     cell = _cell(ws, generation, strategy, budget, seed)
     entry = ws.store.get(ws.task.name, "subsets", cell.selection)
     table = _table(ws, generation, strategy, entry)

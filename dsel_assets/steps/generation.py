@@ -39,11 +39,21 @@ class Generation:
     members: tuple[Member, ...]
 
 
-def current_generation(ws: Workspace) -> Generation:
-    """The generation of all arrivals that are sketched and not held back; entered if new."""
+class NothingSketchedError(StoreError):
+    """There is no generation yet."""
+
+
+def current_generation(ws: Workspace, enter: bool = True) -> Generation:
+    """The generation of all arrivals that are sketched and not held back.
+
+    enter: a new one is written down, under the next number; those who only look leave it at that
+    number. NothingSketchedError before the first arrival is sketched.
+    """
     found = tuple(_members(ws))
     if not found:
-        raise StoreError(f"{ws.task.name}: no arrival is sketched yet; run the ingest job first")
+        raise NothingSketchedError(
+            f"{ws.task.name}: no arrival is sketched yet; run the ingest job first"
+        )
     fields = {"members": [asdict(member) for member in found], "space": sketch_space(ws)}
     folder = ws.store.folder(ws.task.name, "generations")
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +61,8 @@ def current_generation(ws: Workspace) -> Generation:
     with FileLock(folder / "lock"):
         if not path.exists():
             number = 1 + len(list(folder.glob("*.json")))
+            if not enter:
+                return Generation(number, path.stem, found)
             write_json(path, {"number": number, **fields})
     return Generation(json.loads(path.read_text())["number"], path.stem, found)
 

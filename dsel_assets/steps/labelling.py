@@ -7,7 +7,10 @@ until its input stands in the pool.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
 from torch import nn
 
 from dsel_assets.data import (
@@ -33,8 +37,14 @@ from dsel_assets.evaluation import scores
 from dsel_assets.finetuning import predict, train
 from dsel_assets.resources.store import Entry, StoreError
 from dsel_assets.selection.active import ask
-from dsel_assets.steps.arrivals import arrivals, files_in
-from dsel_assets.steps.generation import Generation, current_generation, load_pool, members
+from dsel_assets.steps.arrivals import files_in
+from dsel_assets.steps.generation import (
+    Generation,
+    NothingSketchedError,
+    current_generation,
+    load_pool,
+    members,
+)
 from dsel_assets.steps.model import base_builder, base_digest, trainable_shapes
 from dsel_assets.steps.pool import (
     contract,
@@ -59,12 +69,14 @@ class Standing:
     rounds      the artifacts so far, in order
     waiting     ids asked for that have no label yet, in the order of asking
     labelled    ids asked for that have one
-    generation  what the pool holds, None before the first arrival
+    answered    how many of the last round's have one
+    generation  what the pool holds, None before the first arrival is sketched
     """
 
     rounds: list[Entry]
     waiting: list[str]
     labelled: list[str]
+    answered: int
     generation: Generation | None
 
     def due(self, rule: Active) -> bool:
@@ -73,27 +85,30 @@ class Standing:
             return False
         if not self.rounds:
             return True
-        return len(self.waiting) <= self.rounds[-1].manifest["rows"] * (1 - rule.wait_for)
+        enough = math.ceil(self.rounds[-1].manifest["rows"] * rule.wait_for - 1e-9)
+        return self.answered >= enough
 
 
 def standing(ws: Workspace) -> Standing:
     """Rounds, and what became of the rows that they asked for."""
     entries = ws.store.entries(ws.task.name, KIND)
     rounds = sorted(entries, key=lambda entry: entry.manifest["fields"]["round"])
-    generation = current_generation(ws) if arrivals(ws) else None
-    known: set[str] = set()
-    if generation is not None:
+    generation, known = None, set[str]()
+    with suppress(NothingSketchedError):
+        generation = current_generation(ws, enter=False)
         column = "example_id" if ws.task.pool.columns.id is not None else DIGEST_COLUMN
         for pool, _, _ in members(ws, generation):
-            known.update(
-                pq.read_table(pool.file("rows.parquet"), columns=[column])[column].to_pylist()
-            )
+            table = pq.read_table(pool.file("rows.parquet"), columns=[column])
+            known.update(table[column].to_pylist())
     waiting: list[str] = []
     labelled: list[str] = []
+    answered = 0
     for entry in rounds:
+        before = len(labelled)
         for row in pq.read_table(entry.file("rows.parquet"), columns=ASKED).to_pylist():
             (waiting if known.isdisjoint(row["known_as"]) else labelled).append(row["example_id"])
-    return Standing(rounds, waiting, labelled, generation)
+        answered = len(labelled) - before
+    return Standing(rounds, waiting, labelled, answered, generation)
 
 
 def asked_ids(entry: Entry) -> list[str]:
@@ -107,10 +122,22 @@ def next_round(ws: Workspace) -> Entry:
 
     StoreError if there is nothing to ask for and nothing was asked.
     """
-    rule = _rule(ws)
-    now = standing(ws)
-    if not now.due(rule):
-        return now.rounds[-1]
+    folder = ws.store.folder(ws.task.name, KIND)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # two at once would both be the next
+        now = standing(ws)
+        if now.due(_rule(ws)) and (made := _next(ws, now)) is not None:
+            return made
+    if not now.rounds:
+        raise StoreError(
+            f"{ws.task.name}: {_rule(ws).candidates} holds no row that lacks a label; put .parquet "
+            "or .jsonl files with the pool's schema there"
+        )
+    return now.rounds[-1]
+
+
+def _next(ws: Workspace, now: Standing) -> Entry | None:
+    """The round after those there are, None without a candidate."""
     candidates, refused = load_candidates(ws)
     pool = None if now.generation is None else load_pool(ws, now.generation)[0]
     done = [*now.waiting, *now.labelled]
@@ -118,14 +145,8 @@ def next_round(ws: Workspace) -> Entry:
         done += _keys(ws, pool).tolist()
     left = candidates.take(~np.isin(candidates.ids, done))
     if len(left) == 0:
-        if now.rounds:
-            return now.rounds[-1]
-        raise StoreError(
-            f"{ws.task.name}: {rule.candidates} holds no row that lacks a label; put .parquet or "
-            ".jsonl files with the pool's schema there"
-        )
-    waiting = candidates.take(np.isin(candidates.ids, now.waiting))
-    return _ask(ws, now, pool, left.take(np.argsort(left.ids, kind="stable")), waiting, refused)
+        return None
+    return _ask(ws, now, pool, left.take(np.argsort(left.ids, kind="stable")), refused)
 
 
 def _ask(
@@ -133,7 +154,6 @@ def _ask(
     now: Standing,
     pool: Examples | None,
     left: Examples,
-    waiting: Examples,
     refused: dict[str, int],
 ) -> Entry:
     """The next round: train on the pool, choose from what is left, knowing what waits."""
@@ -143,7 +163,7 @@ def _ask(
         "round": len(now.rounds) + 1,
         "after": now.rounds[-1].identity if now.rounds else None,
         "candidates": _digest(left.ids),
-        "waiting": _digest(np.sort(waiting.ids)),
+        "waiting": _digest(np.array(sorted(now.waiting), dtype=np.str_)),
         "generation": None if now.generation is None else now.generation.identity,
         "settings": rule.model_dump(include={"batch", "rule", "noise"}),
         "finetune": ws.task.finetune.model_dump(),
@@ -155,7 +175,8 @@ def _ask(
         return entry
     with ws.store.write(ws.task.name, KIND, fields) as draft:
         model = _trained(ws, pool, target)
-        observed = [_inputs(part) for part in (pool, waiting) if part is not None and len(part)]
+        observed = [] if pool is None else [_inputs(pool)]
+        observed += list(_waiting_inputs(ws, now))
         n = min(rule.batch, len(left))
         found = ask(
             model,
@@ -265,6 +286,16 @@ def _requests(ws: Workspace, chosen: Examples) -> pa.Table:
     if schema.id is not None:
         columns[schema.id] = chosen.ids
     return pa.table(columns)
+
+
+def _waiting_inputs(ws: Workspace, now: Standing) -> Iterator[np.ndarray]:
+    """Inputs of the rows that wait, as they were asked for."""
+    column, shape = ws.task.pool.columns.input, ws.task.pool.columns.shape
+    for entry in now.rounds:
+        waits = np.isin(asked_ids(entry), now.waiting)
+        if waits.any():
+            asked = pq.read_table(requests_file(entry), columns=[column])[column].to_pylist()
+            yield np.array(asked, np.float32)[waits].reshape(-1, *shape)
 
 
 def requests_file(entry: Entry) -> Path:

@@ -15,7 +15,7 @@ from dsel_assets.steps.workspace import Workspace
 
 
 def status(ws: Workspace) -> dict[str, Any]:
-    """Arrivals, the generation, what is missing of it, the verdicts, the champion, the labels.
+    """Arrivals and their rows, the labels, the generation, what is missing of it, the champion.
 
     A task of which nothing is ingested yet has no generation; `why` then says what it waits for.
     """
@@ -28,11 +28,17 @@ def status(ws: Workspace) -> dict[str, Any]:
         "landed_and_unknown": len({file.path for file in landed(ws)} - {one.path for one in known}),
         "not_ingested": [key for key, pool in pools.items() if pool is None],
         "held_back": {key: why for key, why in back.items() if why},
-        "pool": sum(pool.manifest["rows"] for pool in pools.values() if pool),
+        "rows": sum(p.manifest["rows"] for key, p in pools.items() if p and not back[key]),
         "generation": None,
     }
+    if ws.task.active is not None:
+        from dsel_assets.steps.labelling import standing
+
+        labels = standing(ws)
+        found["label_rounds"] = len(labels.rounds)
+        found["labels_waiting"] = len(labels.waiting)
     try:
-        generation = current_generation(ws)
+        generation = current_generation(ws, enter=False)
     except StoreError as error:
         return found | {"why": str(error)}
     decided = find_verdict(ws, generation)
@@ -43,10 +49,4 @@ def status(ws: Workspace) -> dict[str, Any]:
         "verdicts": decided.summary["verdicts"] if decided else None,
         "champion": champion(ws),
     }
-    if ws.task.active is not None:
-        from dsel_assets.steps.labelling import standing
-
-        now = standing(ws)
-        found["label_rounds"] = len(now.rounds)
-        found["labels_waiting"] = len(now.waiting)
     return found

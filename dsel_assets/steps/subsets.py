@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from dsel_assets.data import Examples
 from dsel_assets.models import save_weights
-from dsel_assets.resources.store import Entry
+from dsel_assets.resources.store import Entry, identity
 from dsel_assets.selection import STRATEGIES, Budget, Selection, Selector, make_selector
 from dsel_assets.selection.guards import ALARMS
 from dsel_assets.steps.cells import Cell, cells
@@ -28,7 +28,7 @@ from dsel_assets.task import warn_about_budgets
 
 def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
     """The selections of a strategy's cells, in the order of `cells`; only missing ones are made."""
-    every = list(cells(ws, generation, strategy))
+    every = list(cells(ws, generation, strategy, decide=True))
     missing = ws.store.missing(ws.task.name, "subsets", [cell.selection for cell in every])
     if missing:
         warn_about_budgets(ws.task, len(load_pool(ws, generation)[0]))
@@ -54,11 +54,13 @@ def _select(ws: Workspace, generation: Generation, strategy: str, group: list[Ce
     name = f"{strategy}-{group[0].seed}"
     # of two processes with the same work the second waits, and then finds it done
     with FileLock(scratch / f"{name}.lock"):
-        selector.scratch = scratch / name
+        fields = group[0].selection
+        work = {key: fields[key] for key in fields.keys() - {"budget", "warm"}}
+        selector.scratch = scratch / name / identity(work)
         for cell in group:
             if ws.store.find(ws.task.name, "subsets", cell.selection) is None:
                 _write(ws, cell, selector, pool, target)
-        shutil.rmtree(selector.scratch, ignore_errors=True)
+        shutil.rmtree(scratch / name, ignore_errors=True)
 
 
 def _write(

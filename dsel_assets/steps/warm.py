@@ -1,4 +1,4 @@
-"""Where a re-selection goes on from: decided once for a generation, so that asking again is safe.
+"""Where a re-selection goes on from: decided when it begins, so that asking again is safe.
 
     <store>/<task>/warm/<strategy and settings>/<generation>.json   cell -> {"warm", "selection"}
 
@@ -30,11 +30,15 @@ Place = tuple[int, int]  # budget, seed
 
 
 def origins(
-    ws: Workspace, generation: Generation, fields: Mapping[Place, Mapping[str, Any]]
+    ws: Workspace,
+    generation: Generation,
+    fields: Mapping[Place, Mapping[str, Any]],
+    decide: bool = False,
 ) -> dict[Place, str]:
     """For each cell of one strategy the selection that it goes on from, or `cold`.
 
-    fields: what the cells' selections are made of, each with `warm: cold`.
+    fields: what the cells' selections are made of, each with `warm: cold`. Until it is decided, it
+    is the latest there is; decide: that is written down.
     """
     first = next(iter(fields.values()))
     made_of = {name: first[name] for name in ("strategy", "version", "settings", "target", "space")}
@@ -43,10 +47,15 @@ def origins(
     names = {place: f"{place[0]} {place[1]}" for place in fields}
     known = _read(path)
     if not set(names.values()) <= known.keys():
+        earlier = list(_earlier(folder, path))
+        if not decide:
+            return {
+                place: known[name]["warm"] if name in known else _latest(ws, earlier, name)
+                for place, name in names.items()
+            }
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             known = _read(path)
-            earlier = list(_earlier(folder, path))
             for place in (place for place in fields if names[place] not in known):
                 warm = _latest(ws, earlier, names[place])
                 made = identity({**fields[place], "warm": warm})

@@ -58,7 +58,7 @@ def test_a_chain_that_was_killed_goes_on(done: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(Chain, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
         select(ws, generation, "bads")
-    assert list((store / "scratch").glob("bads-0/*/chain-0.safetensors"))
+    assert list((store / "scratch").glob("bads-0/*/*/chain-0.safetensors"))
     monkeypatch.setattr(Chain, "_step", lambda chain: (taken.append(chain.done), step(chain)))
     select(ws, generation, "bads")
     assert taken[0] == 20 and taken.count(20) == ws.task.seeds
@@ -87,3 +87,24 @@ def test_all_of_the_pool_with_weights_of_mean_one(lab: Any) -> None:
     everything = select(ws, generation, "full")[0].manifest["rows"]
     assert all(entry.manifest["rows"] == everything for entry in entries)
     assert finetune(ws, generation, "bads_joint")[0].manifest["rows"] == everything
+
+
+def test_a_killed_chain_of_other_settings_is_left_alone(done: Any, monkeypatch: Any) -> None:
+    """Neither goes the next run on from it, nor does it stop there."""
+    ws = done.workspace(strategies={"bads": {"sigma": 0.06}})
+    step = Chain._step
+
+    def killed(chain: Chain) -> None:
+        if chain.done == 20:
+            chain.save()
+            raise KeyboardInterrupt
+        step(chain)
+
+    monkeypatch.setattr(Chain, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        select(ws, current_generation(ws), "bads")
+    monkeypatch.setattr(Chain, "_step", step)
+    for changes in ({"strategies": {"bads": {"sigma": 0.07}}}, {"finetune": {"trainable": "head"}}):
+        other = done.workspace(**changes)
+        run(other)
+        assert select(other, current_generation(other), "bads")

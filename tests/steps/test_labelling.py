@@ -85,6 +85,37 @@ def test_a_share_may_begin_the_next_round_and_the_rest_goes_on_waiting(lab: Any)
     assert standing(ws).waiting == asked_ids(first)[BATCH // 2 :] + asked_ids(second)
 
 
+def test_rows_that_nobody_can_label_do_not_stop_the_rounds(lab: Any) -> None:
+    """Of ten rows a round the last two never come back."""
+    ws = loop(lab, batch=10, wait_for=0.8)
+    take_in(ws)
+    for number in range(1, 5):
+        assert next_round(ws).summary["round"] == number
+        answer(lab, ws, f"most{number}.parquet", 7)
+        assert next_round(ws).summary["round"] == number
+        answer(lab, ws, f"enough{number}.parquet", 8)
+    assert len(standing(ws).waiting) == 8
+
+
+def test_waiting_rows_count_as_observed_wherever_their_file_is(lab: Any) -> None:
+    ws = loop(lab, wait_for=0.5)
+    take_in(ws)
+    next_round(ws)
+    answer(lab, ws, "half.parquet", BATCH // 2)
+    second = asked_ids(next_round(ws))
+    [newest] = [e for e in standing(ws).rounds if e.summary["round"] == 2]
+    shutil.rmtree(newest.path)
+    waiting = set(standing(ws).waiting)
+    rows = unlabelled(lab.rows(230, 300))
+    known, _ = load_candidates(ws)
+    pixels = (tuple(np.rint(x.ravel() * 255).astype(int)) for x in known.inputs)
+    of = dict(zip(pixels, known.ids, strict=True))
+    shutil.rmtree(lab.folder / "candidates")
+    left = [row for row in rows if of[tuple(np.ravel(row["image"]))] not in waiting]
+    write(lab.folder / "candidates" / "left.parquet", left)
+    assert len(left) == 70 - len(waiting) and asked_ids(next_round(ws)) == second
+
+
 def test_without_an_arrival_the_base_model_and_the_target_ask(lab: Any) -> None:
     shutil.rmtree(lab.landing)
     ws = loop(lab)

@@ -40,7 +40,7 @@ def selection(ws: Any, strategy: str, budget: int = 10, seed: int = 0) -> Any:
 
 def test_a_finished_task_has_nothing_left_to_select(seen: Any) -> None:
     found = status(seen.workspace())
-    assert (found["arrivals"], found["pool"], found["generation"]) == (2, 120, 1)
+    assert (found["arrivals"], found["rows"], found["generation"]) == (2, 120, 1)
     assert found["to_select"] == found["not_ingested"] == [] and found["held_back"] == {}
     assert found["verdicts"].keys() >= {"skmm", "bads", "itl"}
     json.dumps(found)

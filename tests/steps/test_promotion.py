@@ -149,3 +149,20 @@ def test_a_move_that_a_kill_cut_short_is_none(done: Any) -> None:
     assert champion(ws) == first
     second = promote(ws, generation, decided(ws, {"strategy": "skmm", "verdict": "better"}))
     assert second is not None and second["strategy"] == "skmm" and len(history(ws)) == 2
+
+
+def test_what_several_verdicts_promote_is_rolled_back_at_once(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    a, b, again = (
+        decided(ws, {"strategy": name, "verdict": "better", "diff": diff})
+        for name, diff in (("itl", 0.01), ("skmm", 0.02), ("skmm", 0.03))
+    )
+    first = promote(ws, generation, a)
+    promote(ws, generation, b)
+    promote(ws, generation, again)
+    assert rollback(ws, "me") == first
+    # an earlier verdict that holds again promotes again
+    promote(ws, generation, decided(ws, {"strategy": "bads", "verdict": "better"}))
+    back = promote(ws, generation, a)
+    assert back is not None and back["strategy"] == "itl"

@@ -99,3 +99,23 @@ def test_a_state_survives_a_file_without_pickle(tmp_path: Any) -> None:
     assert found.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_looking_decides_nothing(done: Any) -> None:
+    """Before a selection begins, what it goes on from is not settled, nor is its generation."""
+    from dsel_assets.steps.arrivals import landed, register
+    from dsel_assets.steps.pool import ingest
+    from dsel_assets.steps.sketches import sketch
+    from dsel_assets.steps.status import status
+
+    ws = done.workspace()
+    done.land("c.parquet", done.rows(220, 280))
+    for file in landed(ws):
+        register(ws, file)
+    sketch(ws, ingest(ws, "c"))
+    assert status(ws)["generation"] == 2
+    folder = done.home / "store" / "tiny"
+    assert len(list((folder / "generations").glob("*.json"))) == 1
+    assert not list((folder / "warm").glob("*/000002-*"))
+    select(ws, current_generation(ws), "bads")
+    assert len(list((folder / "warm").glob("bads-*/000002-*"))) == 1

@@ -31,7 +31,7 @@ def task_file(done: Any) -> Any:
 def test_status_explain_export_and_doctor(done: Any, task_file: Any) -> None:
     code, said, _ = call("status", task_file)
     assert code == 0 and "generation: 1" in said
-    assert json.loads(call("status", task_file, "--json")[1])["pool"] == 120
+    assert json.loads(call("status", task_file, "--json")[1])["rows"] == 120
     ws = done.workspace()
     cell = next(iter(cells(ws, current_generation(ws), "itl")))
     name = chosen_ids(ws.store.get("tiny", "subsets", cell.selection))[0]

@@ -25,7 +25,8 @@ def asked(ws: Any) -> list[Any]:
 def test_it_asks_waits_and_asks_again(lab: Any, instance: Any) -> None:
     ws = loop(lab)
     [request] = asked(ws)
-    assert isinstance(request, dg.RunRequest) and request.run_key == "round-1-0"
+    assert isinstance(request, dg.RunRequest) and request.run_key.startswith("round-1-")
+    assert asked(ws)[0].run_key == request.run_key
     runner.initialise(instance)
     said = runner.label(ws.task, instance)
     assert f"round 1: {BATCH} rows wait for their label, 0 have theirs" in said
@@ -33,7 +34,7 @@ def test_it_asks_waits_and_asks_again(lab: Any, instance: Any) -> None:
     [skipped] = asked(ws)
     assert isinstance(skipped, dg.SkipReason) and "8 rows wait" in str(skipped.skip_message)
     answer(lab, ws, "labelled.parquet")
-    assert asked(ws)[0].run_key == f"round-2-{BATCH}"
+    assert asked(ws)[0].run_key.startswith("round-2-")
     assert f"round 2: {BATCH} rows wait" in runner.label(ws.task, instance)
 
     key = dg.AssetKey(["tiny", "label_requests"])
