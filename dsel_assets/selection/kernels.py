@@ -157,21 +157,34 @@ def products(rows: Array, vectors: Array) -> Array:
 
 @compiled
 def _products(rows: Array, vectors: Array, found: Array, start: int, stop: int) -> None:
-    """Two vectors at a time, so that a row is read and converted once for both."""
+    """Two vectors with four rows at a time: a row is read once for both, a vector once for four."""
     q, d = vectors.shape
-    for i in range(start, stop):
-        for j in range(0, q - 1, 2):
-            a = b = 0.0
+    fours = stop - (stop - start) % 4
+    for j in range(0, q - 1, 2):
+        for i in range(start, fours, 4):
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = 0.0
             for c in range(d):
-                x = np.float64(rows[i, c])
-                a += x * vectors[j, c]
-                b += x * vectors[j + 1, c]
-            found[j, i], found[j + 1, i] = a, b
-        if q % 2:
-            a = 0.0
+                u, w = vectors[j, c], vectors[j + 1, c]
+                x0, x1 = np.float64(rows[i, c]), np.float64(rows[i + 1, c])
+                x2, x3 = np.float64(rows[i + 2, c]), np.float64(rows[i + 3, c])
+                a0 += x0 * u
+                a1 += x1 * u
+                a2 += x2 * u
+                a3 += x3 * u
+                b0 += x0 * w
+                b1 += x1 * w
+                b2 += x2 * w
+                b3 += x3 * w
+            found[j, i], found[j, i + 1], found[j, i + 2], found[j, i + 3] = a0, a1, a2, a3
+            found[j + 1, i], found[j + 1, i + 1] = b0, b1
+            found[j + 1, i + 2], found[j + 1, i + 3] = b2, b3
+    for j in range(q):
+        alone = j == q - 1 and q % 2
+        for i in range(start if alone else fours, stop):
+            total = 0.0
             for c in range(d):
-                a += np.float64(rows[i, c]) * vectors[q - 1, c]
-            found[q - 1, i] = a
+                total += np.float64(rows[i, c]) * vectors[j, c]
+            found[j, i] = total
 
 
 @compiled
