@@ -39,7 +39,9 @@ class Linear:
 
     def diagonal(self, rows: Array) -> Array:
         """Squared norms [N]."""
-        return np.concatenate([np.einsum("ij,ij->i", part, part) for part in doubles(rows)])
+        found = np.empty(len(rows))
+        share_out(rows, lambda start, stop: _norms(rows, found, start, stop))
+        return found
 
     def matrix(self, rows: Array, others: Array) -> Array:
         """Inner products [N, q]."""
@@ -185,6 +187,16 @@ def _products(rows: Array, vectors: Array, found: Array, start: int, stop: int) 
             for c in range(d):
                 total += np.float64(rows[i, c]) * vectors[j, c]
             found[j, i] = total
+
+
+@compiled
+def _norms(rows: Array, found: Array, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        total = 0.0
+        for c in range(rows.shape[1]):
+            x = np.float64(rows[i, c])
+            total += x * x
+        found[i] = total
 
 
 @compiled

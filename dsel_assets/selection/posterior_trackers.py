@@ -15,6 +15,7 @@ kernel and 2k for each row and process. Both give the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -83,8 +84,7 @@ class FeatureForm:
         self._X, self._T, self._noise = X, T.astype(np.float64), noise
         self._B = [_Stack(_explained(*start), 2 * X.shape[1]) for start in starts]
         bases = [B.rows for B in self._B[:followed]]
-        parts = [_left(rows, bases) for rows in doubles(X)]
-        self.variances = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        self.variances = _left(X, bases)
         self.target_variance = _left(self._T, bases[:1])[0]
 
     def _covariance(self, z: Array) -> Array:
@@ -216,5 +216,13 @@ def _explained(rows: Array, noise: Array) -> Array:
 
 def _left(rows: Array, bases: Sequence[Array]) -> list[Array]:
     """What bases B [k, d] leave of the squared norms of rows [b, d]: [b] for each."""
-    norms = np.einsum("ij,ij->i", rows, rows)
-    return [norms - np.square(rows @ B.T).sum(1) for B in bases]
+    norms = Linear().diagonal(rows)
+    every = np.concatenate(bases)
+    if len(every) == 0:
+        return [norms.copy() for _ in bases]
+    first = np.cumsum([0, *map(len, bases)])
+    parts = []
+    for part in doubles(rows):
+        squares = np.square(part @ every.T)
+        parts.append([squares[:, a:b].sum(1) for a, b in pairwise(first)])
+    return [norms - np.concatenate(column) for column in zip(*parts, strict=True)]
