@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## the default task from files to verdict; again: only what 
 	@$(BIN)/dsel run tasks/digits.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 ui: $(INSTALLED)  ## Dagster on http://127.0.0.1:3000, MLflow on http://127.0.0.1:5000
 	@$(BIN)/dsel ui
