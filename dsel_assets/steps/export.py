@@ -91,7 +91,7 @@ def _table(ws: Workspace, generation: Generation, strategy: str, entry: Entry) -
     ids = chosen["example_id"].to_pylist()
     rows = pool.take(np.array([place[name] for name in ids], dtype=np.int64))
     arrived = _arrival_of(ws, generation)
-    classes, shape = ws.task.pool.columns.classes, ws.task.pool.columns.shape
+    classes = ws.task.pool.columns.classes
     assert rows.inputs is not None
     return pa.table(
         {
@@ -102,7 +102,7 @@ def _table(ws: Workspace, generation: Generation, strategy: str, entry: Entry) -
             "arrival": [arrived[name] for name in ids],
             "label": [classes[label] for label in rows.labels],
             "source": rows.groups,
-            "input": list(rows.inputs.reshape(len(ids), -1)) if len(shape) else rows.inputs,
+            "input": list(rows.inputs.reshape(len(ids), -1)),
         }
     )
 

@@ -53,6 +53,7 @@ from dsel_assets.steps.pool import (
     load_examples,
     without_leaks,
 )
+from dsel_assets.steps.subsets import chosen_ids
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Active
 
@@ -109,12 +110,6 @@ def standing(ws: Workspace) -> Standing:
             (waiting if known.isdisjoint(row["known_as"]) else labelled).append(row["example_id"])
         answered = len(labelled) - before
     return Standing(rounds, waiting, labelled, answered, generation)
-
-
-def asked_ids(entry: Entry) -> list[str]:
-    """The ids that a round asked for, in the order of choice."""
-    table = pq.read_table(entry.file("rows.parquet"), columns=["example_id"])
-    return table["example_id"].to_pylist()
 
 
 def next_round(ws: Workspace) -> Entry:
@@ -292,7 +287,7 @@ def _waiting_inputs(ws: Workspace, now: Standing) -> Iterator[np.ndarray]:
     """Inputs of the rows that wait, as they were asked for."""
     column, shape = ws.task.pool.columns.input, ws.task.pool.columns.shape
     for entry in now.rounds:
-        waits = np.isin(asked_ids(entry), now.waiting)
+        waits = np.isin(chosen_ids(entry), now.waiting)
         if waits.any():
             asked = pq.read_table(requests_file(entry), columns=[column])[column].to_pylist()
             yield np.array(asked, np.float32)[waits].reshape(-1, *shape)

@@ -12,7 +12,6 @@ import pytest
 from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.arrivals import arrivals, landed, register
 from dsel_assets.steps.labelling import (
-    asked_ids,
     load_candidates,
     next_round,
     requests_file,
@@ -20,6 +19,7 @@ from dsel_assets.steps.labelling import (
 )
 from dsel_assets.steps.pool import ingest
 from dsel_assets.steps.sketches import sketch
+from dsel_assets.steps.subsets import chosen_ids as asked_ids
 from tests.conftest import write
 
 BATCH = 8
