@@ -140,7 +140,7 @@ def _speed(job: tuple[int, int, int, str, float, str]) -> list[str]:
         return select_informative(X[:count], T, picks, **own).indices
 
     ours(200, 2)
-    took, picks = cpu_seconds(ours, 3 if N > 1000 else 51)
+    took, picks = cpu_seconds(ours, 9 if N > 1000 else 51)
     line = [f"{N:,}", str(m), str(n), rule, own["form"], f"{noise:g}", f"{took:.4f}"]
     if not (beside and PEER):
         return [*line, "–", "–", "–", predicted]

@@ -61,9 +61,7 @@ class Itl(Rule):
 
     def scores(self) -> Array:
         """The ratio: the logarithm changes no order."""
-        before, after = (variance + self.added for variance in self.posterior.variances)
-        np.maximum(after, self.least + self.added, out=after)
-        return np.asarray(np.maximum(before, after) / after)
+        return np.asarray(_ratio(*self.posterior.variances, self.added, self.least))
 
     def worth(self, scores: Array) -> Array:
         """Nats."""
@@ -160,6 +158,15 @@ RULES: dict[str, type[Rule]] = {
     "mm_itl": MmItl,
     "undirected_itl": UndirectedItl,
 }
+
+
+@compiled
+def _ratio(before: Array, after: Array, added: float, least: float) -> Array:
+    found = np.empty_like(before)
+    for i in range(len(found)):
+        low = max(after[i], least) + added
+        found[i] = max(before[i] + added, low) / low
+    return found
 
 
 @compiled

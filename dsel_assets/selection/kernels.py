@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dsel_assets.selection.arrays import chunks
-from dsel_assets.selection.passes import compiled, share_out
+from dsel_assets.selection.passes import CONVERTED, compiled, share_out
 
 Array = NDArray[Any]
 
@@ -145,8 +144,10 @@ def make_kernel(kernel: str | Kernel) -> Kernel:
 
 
 def doubles(rows: Array) -> Iterator[Array]:
-    """Consecutive rows in double precision, as many at a time as memory is to hold of them."""
-    return (part.astype(np.float64, copy=False) for part in chunks(rows))
+    """Consecutive rows in double precision, as many at a time as the cache holds of them."""
+    size = max(1, CONVERTED // rows.shape[1])
+    parts = (rows[start : start + size] for start in range(0, len(rows), size))
+    return (part.astype(np.float64, copy=False) for part in parts)
 
 
 def products(rows: Array, vectors: Array) -> Array:

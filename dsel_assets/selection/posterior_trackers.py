@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
 from dsel_assets.selection.kernels import Kernel, Linear, doubles, products
+from dsel_assets.selection.passes import compiled
 
 Array = NDArray[Any]
 
@@ -87,15 +88,10 @@ class FeatureForm:
         self.variances = _left(X, bases)
         self.target_variance = _left(self._T, bases[:1])[0]
 
-    def _covariance(self, z: Array) -> Array:
-        """S z, for the covariance S of theta in the first process."""
-        B = self._B[0].rows
-        found: Array = z - (z @ B.T) @ B
-        return found
-
     def cross(self) -> Iterator[Array]:
         """As in `Posterior`."""
-        directions = self._covariance(self._T).T
+        B = self._B[0].rows
+        directions = (self._T - (self._T @ B.T) @ B).T
         return (rows @ directions for rows in doubles(self._X))
 
     def observe(self, p: int, weights: Weights) -> Step:
@@ -103,15 +99,15 @@ class FeatureForm:
         x = self._X[p].astype(np.float64)
         variances, directions = [], []
         for stack in self._B:
-            u = x - (stack.rows @ x) @ stack.rows
+            u = _remainder(stack.rows, x)
             variances.append(max(float(x @ u), 0.0))
             directions.append(u / np.sqrt(variances[-1] + self._noise))
         fall = self._T @ directions[0]
         wanted = weights(fall)
         vectors = directions[: len(self.variances)]
         if wanted is not None:
-            vectors = [*vectors, self._covariance(self._T.T @ wanted)]
-        found = products(self._X, np.stack(vectors))
+            vectors = [*vectors, _remainder(self._B[0].rows, self._T.T @ wanted)]
+        found = products(self._X, np.array(vectors))
         for stack, direction in zip(self._B, directions, strict=True):
             stack.push(direction)
         for variance, change in zip(self.variances, found, strict=False):
@@ -210,6 +206,9 @@ def _explained(rows: Array, noise: Array) -> Array:
     if len(rows) == 0:
         return np.empty((0, rows.shape[1]))
     scaled = rows.astype(np.float64) / np.sqrt(noise)[:, None]
+    if len(rows) <= rows.shape[1]:
+        root = np.linalg.cholesky(scaled @ scaled.T + np.eye(len(rows)))
+        return np.asarray(solve_triangular(root, scaled, lower=True))
     _, sigma, directions = np.linalg.svd(scaled, full_matrices=False)
     return (sigma / np.sqrt(sigma**2 + 1))[:, None] * directions
 
@@ -226,3 +225,27 @@ def _left(rows: Array, bases: Sequence[Array]) -> list[Array]:
         squares = np.square(part @ every.T)
         parts.append([squares[:, a:b].sum(1) for a, b in pairwise(first)])
     return [norms - np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+@compiled
+def _remainder(B: Array, x: Array) -> Array:
+    """(I - B'B) x, reading B [k, d] once, four rows at a time."""
+    k, d = B.shape
+    found = x.copy()
+    fours = k - k % 4
+    for i in range(0, fours, 4):
+        a0 = a1 = a2 = a3 = 0.0
+        for c in range(d):
+            a0 += B[i, c] * x[c]
+            a1 += B[i + 1, c] * x[c]
+            a2 += B[i + 2, c] * x[c]
+            a3 += B[i + 3, c] * x[c]
+        for c in range(d):
+            found[c] -= a0 * B[i, c] + a1 * B[i + 1, c] + a2 * B[i + 2, c] + a3 * B[i + 3, c]
+    for i in range(fours, k):
+        total = 0.0
+        for c in range(d):
+            total += B[i, c] * x[c]
+        for c in range(d):
+            found[c] -= total * B[i, c]
+    return found
