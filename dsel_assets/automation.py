@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from dsel_assets.assets.declare import Home, arrival_partitions, key
+from dsel_assets.assets.declared import declare
 from dsel_assets.resources.store import StoreError, identity
-from dsel_assets.steps.arrivals import arrivals, files_in, landed, register
+from dsel_assets.steps.arrivals import Arrival, arrivals, files_in, landed, register
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Task
 
@@ -46,6 +47,7 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
         check("metrics", "complete")
         | check("subsets", "more_than_chance")
         | check("subsets", "weights_hold")
+        | check("subsets", "covers")
     )
     said = {
         "ingest": "An arrival: validate it, differentiate it, sketch it. Nothing else is touched.",
@@ -82,6 +84,11 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
         ws = Workspace(task, home)
         ws.prepare()
         before = json.loads(context.cursor or '{"seen": {}, "still": {}, "asked": []}')
+        declaration = identity({"task": task.model_dump()})
+        if before.get("declaration") != declaration and (
+            changed := declare(task, context.instance)
+        ):
+            context.log.info(f"declared anew: {', '.join(changed)}")
         files = landed(ws)
         seen = {file.path: [file.size, file.modified] for file in files}
         still = {path: state for path, state in seen.items() if before["seen"].get(path) == state}
@@ -95,20 +102,41 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
                 else:
                     context.log.info(f"{file.path}: {entered.key if entered else 'known content'}")
         done = context.instance.get_materialized_partitions(key(task, "sketches"))
-        waiting = [a for a in arrivals(ws) if a.key not in done and a.key not in before["asked"]]
+        new = [a for a in arrivals(ws) if a.key not in done and a.key not in before["asked"]]
+        requests = [
+            dg.RunRequest(partition_key=known.key, run_key=f"{known.key}-{known.digest}{back}")
+            for known in arrivals(ws)
+            if known.key not in done
+            and ((back := _back(ws, known)) or (known in new and not _refused(ws, known)))
+        ]
         asked = [known for known in before["asked"] if known not in done]
-        cursor = {"seen": seen, "still": still, "asked": asked + [a.key for a in waiting]}
+        cursor = {"seen": seen, "still": still, "asked": asked + [a.key for a in new]}
+        cursor["declaration"] = declaration
         return dg.SensorResult(
-            run_requests=[
-                dg.RunRequest(partition_key=a.key, run_key=f"{a.key}-{a.digest}") for a in waiting
-            ],
+            run_requests=requests,
             dynamic_partitions_requests=[
-                arrival_partitions(task).build_add_request([a.key for a in waiting])
+                arrival_partitions(task).build_add_request([a.key for a in new])
             ],
             cursor=json.dumps(cursor),
         )
 
     return arrival_sensor
+
+
+def _back(ws: Workspace, known: Arrival) -> str:
+    """A mark of the time at which an arrival's file was missed, if it is there again; else ""."""
+    from dsel_assets.steps.pool import missed
+
+    when = missed(ws, known)
+    return "" if when is None else f"-back-{when}"
+
+
+def _refused(ws: Workspace, known: Arrival) -> bool:
+    """Whether an arrival was read under today's settings and is held back."""
+    from dsel_assets.steps.pool import find_ingested, held_back
+
+    pool = find_ingested(ws, known)
+    return pool is not None and held_back(ws, pool) is not None
 
 
 def follow_sensor(
@@ -242,6 +270,16 @@ def labelling_schedule(task: Task, label: Job, cron: str) -> dg.ScheduleDefiniti
         yield from requests_to_label(task, home)
 
     return labelling_schedule
+
+
+def model_sensor(task: Task, models: list[str]) -> dg.AutomationConditionSensorDefinition:
+    """Builds a SQL model again when its text has changed, and those that read it."""
+    return dg.AutomationConditionSensorDefinition(
+        f"{task.name}_models",
+        target=dg.AssetSelection.assets(*(key(task, name) for name in models)),
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="A SQL model whose text has changed is built again, and those that read it.",
+    )
 
 
 def automation(

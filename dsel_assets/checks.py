@@ -112,6 +112,33 @@ def more_than_chance(task: Task) -> dg.AssetChecksDefinition:
     return more_than_chance
 
 
+def covers(task: Task) -> dg.AssetChecksDefinition:
+    """A warning when a choice has collapsed to one class or one source."""
+
+    @dg.asset_check(
+        asset=key(task, "subsets"),
+        name="covers",
+        description="No choice takes more than 70 % of one class or source that makes up less than "
+        "half as much of the pool.",
+    )
+    def covers(home: Home) -> dg.AssetCheckResult:
+        from dsel_assets.steps.generation import current_generation
+        from dsel_assets.steps.subsets import collapsed
+
+        ws = Workspace(task, home)
+        found = collapsed(ws, current_generation(ws))
+        return dg.AssetCheckResult(
+            passed=not found,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={
+                "collapsed": ", ".join(dict.fromkeys(row["strategy"] for row in found)) or "none",
+                "choices": table(found[:20]),
+            },
+        )
+
+    return covers
+
+
 def weights_hold(task: Task) -> dg.AssetChecksDefinition:
     """A warning when inferred weights have collapsed, run away or prefer what is merely easy."""
 
@@ -194,6 +221,7 @@ def checks(task: Task) -> list[dg.AssetChecksDefinition]:
         sketches_fit(task),
         dimension_is_enough(task),
         more_than_chance(task),
+        covers(task),
         weights_hold(task),
         metrics_complete(task),
     ]

@@ -106,6 +106,47 @@ def run(
 
 
 @app.command()
+def plan(
+    task_file: TaskFile = Path("tasks/digits.yaml"),
+    last: Annotated[bool, typer.Option(help="The last plan, beside what it took.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what the next run will take, from a probe of a few hundred rows; or what one took."""
+    from dataclasses import asdict
+
+    from dsel_assets.steps.plan import last_plan
+    from dsel_assets.steps.plan import plan as measure
+
+    with _telling():
+        ws = _workspace(task_file)
+        found = last_plan(ws) if last else measure(ws)
+        _print(asdict(found), as_json, _planned(asdict(found)))
+
+
+def _planned(found: dict[str, Any]) -> Iterator[str]:
+    took = found["took_memory_mib"] is not None
+    yield f"plan {found['number']}: a pool of {found['rows']:,} rows"
+    header = f"{'stage':<24}{'missing':>9}{'seconds':>10}{'MiB':>9}"
+    yield header + (f"{'took s':>10}{'took MiB':>10}" if took else "")
+    for stage in found["stages"]:
+        line = f"{stage['name']:<24}{stage['missing']:>9,}{stage['seconds']:>10.1f}"
+        line += f"{stage['mib']:>9.1f}"
+        if took and stage["took_seconds"] is not None:
+            line += f"{stage['took_seconds']:>10.1f}{stage['took_mib']:>10.1f}"
+        yield line
+    for name in ("seconds", "mib"):
+        total = sum(stage[name] for stage in found["stages"])
+        made = sum(stage[f"took_{name}"] or 0 for stage in found["stages"])
+        unit = {"seconds": "s of work in all", "mib": "MiB of disk"}[name]
+        yield f"{total:,.1f} {unit}" + (f"; took {made:,.1f}" if took else "")
+    yield f"{found['memory_mib']:,.0f} MiB of memory a process" + (
+        f"; took {found['took_memory_mib']:,.0f}" if took else ""
+    )
+    if not found["stages"]:
+        yield "nothing is missing"
+
+
+@app.command()
 def label(task_file: TaskFile) -> None:
     """Ask for the labels that say most: print where the next requests lie and who still waits."""
     from dsel_assets.runner import dagster_instance, initialise
@@ -132,19 +173,26 @@ def status(task_file: TaskFile = Path("tasks/digits.yaml"), as_json: Json = Fals
 def explain(
     example_id: Annotated[str, typer.Argument(help="Id of an example of the pool.")],
     task_file: TaskFile = Path("tasks/digits.yaml"),
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of it beside its nearest targets here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say why an example was chosen, or what became of it."""
     from dsel_assets.steps.explain import explain as why
+    from dsel_assets.steps.explain import portrait
 
     with _telling():
-        found = why(_workspace(task_file), example_id)
+        ws = _workspace(task_file)
+        found = why(ws, example_id)
+        if picture is not None:
+            picture.write_bytes(portrait(ws, example_id))
         _print(found, as_json, _explained(found))
 
 
 def _explained(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['example_id']}, generation {found['generation']}"
-    for part in ("arrivals", "quarantine", "selections"):
+    for part in ("arrivals", "quarantine", "nearest", "selections"):
         yield f"{part}:" if found[part] else f"{part}: none"
         for row in found[part]:
             shown = (f"{name} {_short(value)}" for name, value in row.items() if value is not None)
@@ -162,44 +210,85 @@ def diff(
     earlier: Annotated[int, typer.Argument(help="Number of a generation.")],
     later: Annotated[int, typer.Argument(help="Number of a later one.")],
     task_file: TaskFile = Path("tasks/digits.yaml"),
+    cold: Annotated[
+        bool, typer.Option(help="Also select anew where a strategy went on, and compare.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what each strategy kept, added and dropped from one generation to another."""
     from dsel_assets.steps.churn import diff as compare
 
     with _telling():
-        found = compare(_workspace(task_file), earlier, later)
-        lines = (
-            f"{row['strategy']} at {row['budget']}, seed {row['seed']}: kept {len(row['kept'])}, "
-            f"added {len(row['added'])}, dropped {len(row['dropped'])}"
-            for row in found
-        )
+        found = compare(_workspace(task_file), earlier, later, cold)
+        lines = map(_changed, found)
         nothing = iter(["no strategy has selections in both under today's settings"])
         _print(found, as_json, lines if found else nothing)
 
 
+def _changed(row: dict[str, Any]) -> str:
+    said = (
+        f"{row['strategy']} at {row['budget']}, seed {row['seed']}: kept {len(row['kept'])}, "
+        f"added {len(row['added'])}, dropped {len(row['dropped'])}"
+    )
+    if row.get("objective") is not None:
+        said += f"; {row['aim']} {_short(row['objective'])}"
+    if "shared_with_cold" in row:
+        said += f"; a cold one shares {row['shared_with_cold']:.0%}"
+        if row["objective_cold"] is not None:
+            said += f" and has {_short(row['objective_cold'])}"
+    return said
+
+
+By = Annotated[str, typer.Option(help="Who decides; else who is logged in.")]
+
+
 @app.command()
-def rollback(
+def promote(
+    strategy: Annotated[str, typer.Argument(help="Whose selection.")],
     task_file: TaskFile = Path("tasks/digits.yaml"),
-    by: Annotated[str, typer.Option(help="Who decides.")] = "",
+    budget: Annotated[int | None, typer.Option(help="Else that of the task's rule.")] = None,
+    seed: Annotated[int, typer.Option(help="Which of the paired seeds.")] = 0,
+    by: By = "",
+    why: Annotated[str, typer.Option(help="Needed where validation does not say better.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Go back to the champion before this one; holds until another verdict promotes."""
+    """Make a selection of the current generation the champion; says who, when, on what evidence."""
     from getpass import getuser
 
-    from dsel_assets.resources.tracking import Tracking, best_effort
-    from dsel_assets.steps.champion import rollback as go_back
-    from dsel_assets.steps.model import WEIGHTS
+    from dsel_assets.steps.verdict import promote_by_hand
 
     with _telling():
         ws = _workspace(task_file)
-        now = go_back(ws, by or getuser())
-        checkpoint = now and ws.store.entry(ws.task.name, "checkpoints", now["checkpoint"])
-        with best_effort(f"{ws.task.name}: the alias of the champion"):
-            weights = checkpoint.file(WEIGHTS) if checkpoint else Path()
-            Tracking.at(ws.home).register_champion(ws.task.name, now, weights)
-        said = f"{now['strategy']} at {now['budget']}, {now['selection']}" if now else "none"
-        _print(now, as_json, iter([f"champion: {said}"]))
+        limit = ws.task.promote.budget if budget is None else budget
+        now = promote_by_hand(ws, strategy, limit, seed, by or getuser(), why)
+        _enthroned(ws, now, as_json)
+
+
+@app.command()
+def rollback(
+    task_file: TaskFile = Path("tasks/digits.yaml"), by: By = "", as_json: Json = False
+) -> None:
+    """Go back to the champion before this one; holds until another promotion."""
+    from getpass import getuser
+
+    from dsel_assets.steps.champion import rollback as go_back
+
+    with _telling():
+        ws = _workspace(task_file)
+        _enthroned(ws, go_back(ws, by or getuser()), as_json)
+
+
+def _enthroned(ws: Workspace, now: dict[str, Any] | None, as_json: bool) -> None:
+    """Point MLflow's alias at the champion there is now, and print it."""
+    from dsel_assets.resources.tracking import Tracking, best_effort
+    from dsel_assets.steps.model import WEIGHTS
+
+    checkpoint = now and ws.store.entry(ws.task.name, "checkpoints", now["checkpoint"])
+    with best_effort(f"{ws.task.name}: the alias of the champion"):
+        weights = checkpoint.file(WEIGHTS) if checkpoint else Path()
+        Tracking.at(ws.home).register_champion(ws.task.name, now, weights)
+    said = f"{now['strategy']} at {now['budget']}, {now['selection']}" if now else "none"
+    _print(now, as_json, iter([f"champion: {said}"]))
 
 
 @app.command()

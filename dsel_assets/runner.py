@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+from filelock import FileLock
 
 from dsel_assets.assets.declare import data_version, key
+from dsel_assets.assets.declared import DATA_VERSION, declare
 from dsel_assets.build import build
 from dsel_assets.resources.store import StoreError, alive
 from dsel_assets.resources.tracking import Tracking, best_effort
@@ -22,7 +24,6 @@ from dsel_assets.steps.workspace import Workspace, home
 from dsel_assets.task import Task
 
 ROOT = Path(__file__).parent.parent
-DATA_VERSION = "dagster/data_version"  # the tag under which Dagster keeps it
 LOGGED = "mlflow"  # the metadata that an asset has once its runs are in MLflow
 SILENT = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}  # what failed is said here
 
@@ -38,9 +39,10 @@ class Outcome:
 
 def dagster_instance() -> dg.DagsterInstance:
     """The instance of DAGSTER_HOME, else the one that the project's `dagster.yaml` describes."""
-    if os.environ.get("DAGSTER_HOME"):
-        return dg.DagsterInstance.get()
-    return dg.DagsterInstance.from_config(str(ROOT))
+    with _alone():
+        if os.environ.get("DAGSTER_HOME"):
+            return dg.DagsterInstance.get()
+        return dg.DagsterInstance.from_config(str(ROOT))
 
 
 def resources() -> dict[str, object]:
@@ -54,12 +56,18 @@ def resources() -> dict[str, object]:
 
 def initialise(instance: dg.DagsterInstance) -> None:
     """Create the databases, once and alone: several processes at a fresh one would break it."""
+    with _alone():
+        instance.get_runs_count()
+        Warehouse(home() / "warehouse.duckdb").initialise()
+        with best_effort("the database of MLflow"):
+            Tracking.at(home()).initialise()
+        end_leftovers(instance)
+
+
+def _alone() -> FileLock:
+    """Held while databases are opened or created for the first time."""
     home().mkdir(parents=True, exist_ok=True)
-    instance.get_runs_count()
-    Warehouse(home() / "warehouse.duckdb").initialise()
-    with best_effort("the database of MLflow"):
-        Tracking.at(home()).initialise()
-    end_leftovers(instance)
+    return FileLock(home() / "initialise.lock")
 
 
 def end_leftovers(instance: dg.DagsterInstance) -> None:
@@ -137,6 +145,7 @@ class _Jobs:
             build(task, ROOT / "dbt_like_sql"),
             dg.Definitions(resources=resources(), executor=dg.in_process_executor),
         )
+        declare(task, instance)
 
     def execute(self, job: str, partition: str | None = None) -> str | None:
         """Run a job; why it failed, or None."""
@@ -172,7 +181,10 @@ class _Jobs:
         self.ws.check_files()
         self.ws.prepare()
         for file in landed(self.ws):
-            register(self.ws, file)
+            try:
+                register(self.ws, file)
+            except OSError as error:  # it went away, or may not be read; the others go on
+                print(f"  {file.path} can't be read: {error}", flush=True)
         keys = [known.key for known in arrivals(self.ws)]
         self.instance.add_dynamic_partitions(f"{self.task.name}_arrivals", keys)
         return bool(keys)

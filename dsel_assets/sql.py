@@ -131,6 +131,18 @@ def lineage(
     return found
 
 
+_REQUESTED = dg.AutomationCondition.newly_requested() | dg.AutomationCondition.newly_updated()
+EDITED = (
+    (
+        dg.AutomationCondition.code_version_changed().since(_REQUESTED)
+        | dg.AutomationCondition.any_deps_match(dg.AutomationCondition.will_be_requested())
+    )
+    & ~dg.AutomationCondition.missing()
+    & ~dg.AutomationCondition.in_progress()
+)
+"""The model's text changed, or a model that it reads is built again for that reason."""
+
+
 def sql_assets(
     task_name: str,
     models: Sequence[Query],
@@ -167,6 +179,7 @@ def _asset(
         kinds={"duckdb", "sql"},
         pool="warehouse",
         code_version=model.code_version,
+        automation_condition=EDITED,
         description=f"{model.description}\n\n```sql\n{model.text}\n```",
         metadata={"dagster/code_references": _code_reference(model)},
         check_specs=[

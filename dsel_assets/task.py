@@ -50,6 +50,12 @@ class Schema(_Spec):
     shape: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1, description="shape of one input, e.g. [28, 28]"
     )
+    cost: str | None = Field(
+        None, description="column of the pool with what an example costs: tokens, seconds, money"
+    )
+    keep: list[str] = Field(
+        [], description="further columns of the pool, of text or whole numbers, for quotas"
+    )
     classes: list[str] = Field(description="number of classes, or their names in order")
 
     @field_validator("classes", mode="before")
@@ -504,6 +510,9 @@ class Promote(_Spec):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the intervals and tests")
 
 
+Quota = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
+
+
 class Task(_Spec):
     """A selection task. The file's name is the task's name."""
 
@@ -526,13 +535,35 @@ class Task(_Spec):
         "warm", description="after an arrival go on from the last selection, where a strategy can"
     )
     budgets: list[Annotated[int, Field(ge=1)]] = Field(
-        min_length=1, description="how many examples to choose, ascending"
+        min_length=1, description="how many examples to choose, ascending; or how much of the cost"
+    )
+    budget_in: Literal["examples", "cost"] = Field(
+        "examples", description="what budgets count: examples, or the sum of pool.schema.cost"
+    )
+    quotas: dict[str, dict[str, Quota]] = Field(
+        {},
+        description="column -> value -> a share of the budget (0.25) or a number of examples (50); "
+        "the column is the label's, the group's or one that pool.schema keeps; what a value can't "
+        "fill goes to the others",
     )
     seeds: int = Field(5, ge=2, description="paired seeds a budget; an interval needs at least 2")
     schedule: str | None = Field(
         None, description="cron line for a re-selection beside the arrivals"
     )
     promote: Promote
+
+    @field_validator("quotas", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Values that YAML read as numbers are names."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            column: {str(name): quota for name, quota in asked.items()}
+            if isinstance(asked, dict)
+            else asked
+            for column, asked in value.items()
+        }
 
     @model_validator(mode="after")
     def _fits_together(self) -> Task:
@@ -550,6 +581,7 @@ class Task(_Spec):
                 raise ValueError("finetune.include_target: there is no target; set it to false")
         if self.strategies.target_only is not None and not self.finetune.include_target:
             raise ValueError("strategies.target_only: needs finetune.include_target: true")
+        self._check_spending()
         sides = self.pool.columns.shape
         if self.model.name == "small_cnn" and (len(sides) != 2 or any(s % 4 for s in sides)):
             raise ValueError(
@@ -575,6 +607,24 @@ class Task(_Spec):
             if cron is not None and len(cron.split()) != 5:
                 raise ValueError(f'{key}: a cron line of five fields, e.g. "0 6 * * 1"')
         return self
+
+    def _check_spending(self) -> None:
+        schema = self.pool.columns
+        if self.budget_in == "cost" and schema.cost is None:
+            raise ValueError("budget_in: cost needs pool.schema.cost, the column with it")
+        if self.budget_in == "cost" and self.quotas:
+            raise ValueError("quotas: count examples, so they don't go with budget_in: cost")
+        if len(self.quotas) > 1:
+            raise ValueError(f"quotas: of one column, not of {', '.join(self.quotas)}")
+        for column, asked in self.quotas.items():
+            known = [n for n in (schema.label, schema.group, *schema.keep) if n is not None]
+            if column not in known:
+                raise ValueError(f"quotas.{column}: must be one of the columns {', '.join(known)}")
+            unknown = set(asked) - set(schema.classes) if column == schema.label else set()
+            if unknown:
+                raise ValueError(f"quotas.{column}: no classes {', '.join(sorted(unknown))}")
+            if sum(share for share in asked.values() if isinstance(share, float)) > 1 + 1e-9:
+                raise ValueError(f"quotas.{column}: the shares add up to more than 1")
 
     def settings(self, strategy: str) -> dict[str, Any]:
         """The settings of one strategy, as plain values."""

@@ -315,3 +315,21 @@ def test_budgets_that_the_pool_cannot_fill_are_told(load):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_about_budgets(task, 11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget_in": "cost"}, "needs pool.schema.cost"),
+        ({"quotas": {"vendor": {"a": 1}}}, "quotas.vendor: must be one of the columns label"),
+        ({"quotas": {"label": {"dog": 1}}}, "no classes dog"),
+        ({"quotas": {"label": {0: 0.7, 1: 0.4}}}, "add up to more than 1"),
+        ({"quotas": {"label": {0: 1}, "source": {"a": 1}}}, "of one column"),
+        ({"quotas": {"label": {0: 1.5}}}, "quotas.label.0"),
+        ({"quotas": {"label": {0: -1}}}, "quotas.label.0"),
+        ({"quotas": {"label": 3}}, "quotas.label"),
+    ],
+)
+def test_impossible_spending_is_refused(lab, changes, message):
+    with pytest.raises(TaskError, match=message):
+        lab.task(**changes)

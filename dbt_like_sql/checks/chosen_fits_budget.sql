@@ -1,6 +1,6 @@
 -- of: chosen
 -- A strategy that looks at the budget chooses exactly that many, or the whole pool if it is smaller;
--- one that was told where to stop may choose fewer.
+-- one that was told where to stop may choose fewer. What a budget in costs pays for is not exceeded.
 with pools as (
     select task, generation, count(*) as examples from candidates group by task, generation
 ),
@@ -15,7 +15,15 @@ left join pools as p on p.task = c.task and p.generation = c.generation
 left join sizes as s on s.task = c.task and s.selection = c.selection
 where not c.whole
     and (
-        coalesce(s.examples, 0) > least(c.budget, coalesce(p.examples, 0))
-        or (coalesce(s.examples, 0) < least(c.budget, coalesce(p.examples, 0)) and not c.stopped)
+        (
+            c.budget_in = 'examples'
+            and coalesce(s.examples, 0) > least(c.budget, coalesce(p.examples, 0))
+        )
+        or (
+            c.budget_in = 'examples'
+            and coalesce(s.examples, 0) < least(c.budget, coalesce(p.examples, 0))
+            and not c.stopped
+        )
+        or (c.budget_in = 'cost' and c.cost > c.budget * (1 + 1e-9))
         or c.chosen <> coalesce(s.examples, 0)
     )

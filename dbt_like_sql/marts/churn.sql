@@ -1,5 +1,7 @@
 -- What each generation changed: of the examples that a strategy chose in the last generation before
--- that has it, at the same budget and seed, how many it kept, how many came and how many went.
+-- that has it, at the same budget and seed, how many it kept, how many came and how many went. Where the
+-- strategy has an objective (`aim`), what it is for the old choice, which `objective_before` judges in
+-- the new pool, and for the new one.
 with consecutive as (
     select
         task,
@@ -9,6 +11,9 @@ with consecutive as (
         seed,
         selection,
         chosen,
+        aim,
+        objective_before,
+        objective,
         lag(generation) over earlier as since,
         lag(selection) over earlier as earlier_selection,
         lag(chosen) over earlier as earlier_chosen
@@ -32,7 +37,10 @@ select
     c.seed,
     coalesce(s.kept, 0) as kept,
     c.chosen - coalesce(s.kept, 0) as added,
-    c.earlier_chosen - coalesce(s.kept, 0) as dropped
+    c.earlier_chosen - coalesce(s.kept, 0) as dropped,
+    c.aim,
+    c.objective_before,
+    c.objective as objective_after
 from consecutive as c
 left join stayed as s
     on s.task = c.task and s.selection = c.selection

@@ -13,7 +13,12 @@ def checkpoints(task: Task) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=key(task, "checkpoints"),
-        deps=[key(task, "subsets"), key(task, "base_model"), key(task, "target")],
+        deps=[
+            key(task, "subsets"),
+            key(task, "base_model"),
+            key(task, "target"),
+            key(task, "training"),
+        ],
         partitions_def=strategy_partitions(task),
         group_name="finetuning",
         kinds={"pytorch"},

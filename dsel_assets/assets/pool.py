@@ -53,7 +53,10 @@ def pool(task: Task) -> dg.AssetsDefinition:
                 "rows_seen": summary["seen"],
                 "duplicates": summary["duplicates"],
                 "quarantined": summary["quarantined"],
-                "quarantine": table([summary["reasons"]] if summary["reasons"] else []),
+                "quarantine": table(
+                    [{"rows": n, "reason": why} for why, n in summary["details"].items()]
+                ),
+                "undeclared_columns": ", ".join(summary["undeclared_columns"]) or "none",
                 "held_back": why or "no",
                 "classes": table([summary["classes"]] if summary["classes"] else []),
                 "sources": table([summary["sources"]] if summary["sources"] else []),
@@ -62,7 +65,13 @@ def pool(task: Task) -> dg.AssetsDefinition:
                 dg.AssetCheckResult(
                     check_name="usable",
                     passed=why is None,
-                    metadata={"quarantined": summary["quarantined"], "why": why or "fine"},
+                    metadata={
+                        "quarantined": summary["quarantined"],
+                        "why": why or "fine",
+                        "reasons": "; ".join(
+                            f"{n} rows: {r}" for r, n in summary["details"].items()
+                        ),
+                    },
                 ),
                 dg.AssetCheckResult(
                     check_name="no_leaks",

@@ -23,6 +23,14 @@ def sketches(task: Task) -> dg.AssetsDefinition:
         "within three standard deviations of what the kind of sketch promises.",
     )
 
+    finite = dg.AssetCheckSpec(
+        "finite",
+        asset=key(task, "gradients"),
+        description="No more than pool.max_quarantine of an arrival's rows have a gradient that is "
+        "zero or not finite. Such rows are out in any case; many of them mean that something is "
+        "wrong with the file or the base model.",
+    )
+
     @dg.multi_asset(
         name=f"{task.name}_gradients_and_sketches",
         specs=[
@@ -49,7 +57,7 @@ def sketches(task: Task) -> dg.AssetsDefinition:
             ),
         ],
         partitions_def=arrival_partitions(task),
-        check_specs=[promise],
+        check_specs=[promise, finite],
         can_subset=True,
     )
     def gradients_and_sketches(
@@ -65,6 +73,17 @@ def sketches(task: Task) -> dg.AssetsDefinition:
                 shown = {name: value for name, value in entry.summary.items() if name != "quality"}
                 shown |= entry.summary.get("quality") or {}
                 yield result(task, name, entry, {"source": made.source, **shown})
+        if finite.key in context.selected_asset_check_keys:
+            bad, good = (
+                made.gradients.summary["quarantined"],
+                made.gradients.manifest["rows"],
+            )
+            yield dg.AssetCheckResult(
+                asset_key=finite.asset_key,
+                check_name=finite.name,
+                passed=bad <= task.pool.max_quarantine * (bad + good),
+                metadata={"quarantined": bad, "rows": bad + good},
+            )
         if promise.key in context.selected_asset_check_keys:
             why = broken_promise(ws, made.sketches)
             yield dg.AssetCheckResult(

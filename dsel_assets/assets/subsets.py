@@ -18,13 +18,20 @@ from dsel_assets.assets.declare import (
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Task
 
+CARDS = 8  # picks that are shown one by one
+
 
 def subsets(task: Task) -> dg.AssetsDefinition:
     """Declare the task's `subsets` asset, partitioned by strategy."""
 
     @dg.asset(
         key=key(task, "subsets"),
-        deps=[all_of(task, "sketches"), key(task, "target"), key(task, "base_model")],
+        deps=[
+            all_of(task, "sketches"),
+            key(task, "target"),
+            key(task, "base_model"),
+            key(task, "settings"),
+        ],
         partitions_def=strategy_partitions(task),
         group_name="selection",
         kinds={"pytorch", "parquet"},
@@ -33,10 +40,13 @@ def subsets(task: Task) -> dg.AssetsDefinition:
         f"{task.seeds} seeds, in order, with the scores that say why.",
     )
     def subsets(context: dg.AssetExecutionContext, home: Home) -> dg.MaterializeResult:
-        from dsel_assets.evaluation.plots import composition, picks
+        from dsel_assets.evaluation.plots import churn, composition, picks
+        from dsel_assets.selection import STRATEGIES
         from dsel_assets.steps.cells import cells
+        from dsel_assets.steps.churn import over_generations
+        from dsel_assets.steps.explain import cards, gallery_of
         from dsel_assets.steps.generation import current_generation, load_pool
-        from dsel_assets.steps.subsets import chosen_ids, per_pick, select
+        from dsel_assets.steps.subsets import chosen_ids, per_pick, quota_rows, select
 
         ws, strategy = Workspace(task, home), context.partition_key
         generation = current_generation(ws)
@@ -55,6 +65,17 @@ def subsets(task: Task) -> dg.AssetsDefinition:
             by_source.setdefault(str(cell.budget), Counter()).update(sources[i] for i in ids)
             numbers.setdefault(cell.budget, []).append(dict(entry.summary))
         largest = per_pick(entries[-1])
+        first = next(
+            entry
+            for cell, entry in zip(cells(ws, generation, strategy), entries, strict=True)
+            if cell.budget == task.budgets[-1]
+        )
+        shown = cards(ws, generation, first, CARDS)
+        portraits = gallery_of(ws, generation, shown)
+        quotas, changed = (
+            quota_rows(first),
+            over_generations(ws, generation, strategy, task.promote.budget),
+        )
         return result(
             task,
             "subsets",
@@ -71,7 +92,11 @@ def subsets(task: Task) -> dg.AssetsDefinition:
                     composition(by_source, Counter(sources.values()), "source")
                 ),
                 "diagnostics": table([_mean(budget, rows) for budget, rows in numbers.items()]),
+                "why": table(shown),
+                **({"why_in_pictures": picture(portraits)} if portraits else {}),
                 **({"picks": picture(picks(*largest.values()))} if any(largest.values()) else {}),
+                **({"quotas": table(quotas)} if quotas else {}),
+                **({"churn": picture(churn(changed, STRATEGIES[strategy].aim))} if changed else {}),
             },
         )
 

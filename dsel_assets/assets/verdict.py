@@ -17,7 +17,7 @@ def verdict(task: Task) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=key(task, "verdict"),
-        deps=[all_of(task, "metrics")],
+        deps=[all_of(task, "metrics"), key(task, "rule")],
         group_name="comparison",
         kinds={"python", "mlflow"},
         code_version="1",

@@ -131,6 +131,21 @@ def parse_number(cell: Any) -> float:
     return number
 
 
+def parse_cost(cell: Any) -> float:
+    """A finite number from 0 up."""
+    number = parse_number(cell)
+    if number < 0:
+        raise CellError(WRONG_TYPE, f"{number:g} where a cost from 0 up is expected")
+    return number
+
+
+def parse_name(cell: Any) -> str:
+    """What a whole number or a text is called by; "" for null."""
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    return parse_group(cell)
+
+
 def _type(cell: Any) -> str:
     return "an unreadable value" if cell is INVALID else type(cell).__name__
 

@@ -14,10 +14,11 @@ from dsel_assets.data.cells import (
     Faults,
     Kind,
     parse_cells,
+    parse_cost,
     parse_group,
     parse_inputs,
     parse_label,
-    parse_number,
+    parse_name,
     parse_text,
 )
 from dsel_assets.data.examples import Examples
@@ -41,7 +42,8 @@ class Contract:
     kind     "image" (integers are divided by 255) or "vector" (numbers as given)
     shape    of one input: (C, H, W) or (H, W) for an image
     classes  names in the order of their indices
-    columns  further columns of finite numbers (a cost, say)
+    cost     column of what an example costs (finite numbers from 0 up), or None
+    names    further columns of text or whole numbers, kept as text; null is ""
 
     Raises ValueError for an impossible contract.
     """
@@ -53,7 +55,8 @@ class Contract:
     kind: Kind
     shape: tuple[int, ...]
     classes: tuple[str, ...]
-    columns: tuple[str, ...] = ()
+    cost: str | None = None
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("image", "vector"):
@@ -62,9 +65,10 @@ class Contract:
             raise ValueError(f"shape is {self.shape}; give one length or more, each at least 1")
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes are {self.classes}; give one name or more, each once")
-        if len(set(self.declared)) < len(self.declared) or {DIGEST_COLUMN, ROW_COLUMN} & set(
-            self.columns
-        ):
+        if len(set(self.declared)) < len(self.declared) or {DIGEST_COLUMN, ROW_COLUMN} & {
+            self.cost,
+            *self.names,
+        }:
             raise ValueError(
                 f"columns are {self.declared}; name each once, and none "
                 f"{DIGEST_COLUMN!r} or {ROW_COLUMN!r}"
@@ -73,8 +77,8 @@ class Contract:
     @property
     def declared(self) -> tuple[str, ...]:
         """The columns that a file must have; what `read_file` is asked for."""
-        optional = (name for name in (self.label, self.group, self.id) if name is not None)
-        return (self.input, *optional, *self.columns)
+        optional = (self.label, self.group, self.id, self.cost)
+        return (self.input, *(name for name in optional if name is not None), *self.names)
 
 
 @dataclass(frozen=True)
@@ -159,21 +163,21 @@ def _check(batch: RawBatch, contract: Contract) -> tuple[Examples, list[Refused]
         labels = each(contract.label, lambda cell: parse_label(cell, classes))
     groups = each(contract.group, parse_group) if contract.group is not None else [""] * n
     ids = each(contract.id, parse_text) if contract.id is not None else [None] * n
-    columns = {name: each(name, parse_number) for name in contract.columns}
+    costs = {} if contract.cost is None else {contract.cost: each(contract.cost, parse_cost)}
+    names = {name: each(name, parse_name) for name in contract.names}
 
     good = np.array([i for i in range(n) if i not in faults], dtype=np.int64)
     inputs = inputs if len(good) == n else inputs[good]
-    names = ["" if contract.label is None else contract.classes[labels[i]] for i in good]
-    digests = example_ids(inputs, names)
+    labelled = ["" if contract.label is None else contract.classes[labels[i]] for i in good]
+    digests = example_ids(inputs, labelled)
     examples = Examples(
         ids=digests if contract.id is None else np.array([ids[i] for i in good], dtype=np.str_),
         labels=np.array([labels[i] for i in good], dtype=np.int64),
         groups=np.array([groups[i] for i in good], dtype=np.str_),
         inputs=inputs,
         columns={
-            **{
-                name: np.array([column[i] for i in good], float) for name, column in columns.items()
-            },
+            **{name: np.array([of[i] for i in good], float) for name, of in costs.items()},
+            **{name: np.array([of[i] for i in good], np.str_) for name, of in names.items()},
             ROW_COLUMN: batch.rows[good],
             DIGEST_COLUMN: digests,
         },

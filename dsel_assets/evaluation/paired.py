@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Verdict = Literal["better", "no difference shown", "worse"]
 
@@ -41,6 +40,8 @@ def paired_difference(
     model are taken as they are. ValueError for fewer than two seeds or examples, and for
     differences that are not finite.
     """
+    from scipy import stats
+
     seeds, examples = difference.shape
     if seeds < 2 or examples < 2:
         raise ValueError(f"needs at least 2 seeds and 2 examples, not {seeds} and {examples}")

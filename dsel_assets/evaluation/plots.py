@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy import stats
 
@@ -43,6 +43,7 @@ PASTEL = (  # Tol's light scheme, then three more: dark text is legible on each
     *("#DDDDDD", "#C9A0DC", "#D2A679", "#9FB0BF"),
 )
 NOTE: dict[str, Any] = {"loc": "left", "fontsize": 8.5, "color": GREY}
+CHURN = ("kept", "added", "dropped")
 LEGEND: dict[str, Any] = {"fontsize": 8.5, "frameon": False}
 
 
@@ -279,6 +280,62 @@ def labelling(rows: Sequence[Mapping[str, Any]]) -> bytes:
     right.set(xlabel="round", ylabel="variance left at the targets")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set_title("once the round is labelled", **NOTE)
+    return _png(figure)
+
+
+def churn(rows: Sequence[Mapping[str, Any]], aim: str = "") -> bytes:
+    """What each generation kept of the selection before, and what that did to the objective.
+
+    rows: one a generation with the keys `generation`, `kept`, `added`, `dropped`, and, where there
+    is an objective called `aim`, `objective_before` (of the old choice in the new pool) and
+    `objective`. ValueError without rows.
+    """
+    if not rows:
+        raise ValueError("no generations to draw")
+    judged = [row for row in rows if row.get("objective_before") is not None]
+    figure, axes = _figure(3.0, columns=2 if judged else 1)
+    left = np.atleast_1d(axes)[0]
+    place = np.arange(len(rows))
+    kept, added, dropped = (np.array([r[k] for r in rows], float) for k in CHURN)
+    left.bar(place, kept, 0.7, color="#0072B2", label="kept")
+    left.bar(place, added, 0.7, bottom=kept, color="#009E73", label="added")
+    left.bar(place, -dropped, 0.7, color="#D55E00", label="dropped")
+    left.axhline(0, color=INK, lw=0.8)
+    left.set_xticks(place, [str(row["generation"]) for row in rows])
+    left.set(xlabel="generation", ylabel="examples, mean over seeds")
+    left.legend(loc="upper left", ncols=3, **LEGEND)
+    left.margins(y=0.2)
+    if judged:
+        right = axes[1]
+        number = [str(row["generation"]) for row in judged]
+        before = [row["objective_before"] for row in judged]
+        after = [row["objective"] for row in judged]
+        right.plot(number, before, "o--", color=GREY, lw=1.4, label="the selection before")
+        right.plot(number, after, "o-", color="#0072B2", lw=1.6, label="the new one")
+        right.set(xlabel="generation", ylabel=aim.replace("_", " "))
+        right.set_title("in the new pool", **NOTE)
+        right.legend(loc="best", **LEGEND)
+    return _png(figure)
+
+
+def gallery(
+    images: Sequence[Sequence[NDArray]], titles: Sequence[Sequence[str]], side: float = 0.8
+) -> bytes:
+    """Lines of images, each under its title: [H, W] in grey, or [C, H, W] with one or three C."""
+    columns = max(len(line) for line in images)
+    size = (max(2.0, side * columns), (side + 0.25) * len(images))
+    figure = Figure(figsize=size, dpi=DPI[0], layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for line, said, own in zip(images, titles, axes, strict=True):
+        for axis in own:
+            axis.axis("off")
+        for image, title, axis in zip(line, said, own, strict=False):
+            shown = np.asarray(image, float)
+            shown = np.moveaxis(shown, 0, -1) if shown.ndim == 3 else shown
+            low, high = shown.min(), shown.max()
+            axis.imshow((shown - low) / max(high - low, 1e-12), cmap="gray_r")
+            axis.set_title(title, fontsize=7, color=INK)
     return _png(figure)
 
 

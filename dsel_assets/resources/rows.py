@@ -8,6 +8,7 @@ from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 HEADER = (
@@ -47,6 +48,13 @@ class RowWriter:
             self._file.seek(0)
             self._file.write(HEADER.to_bytes(8, "little") + header)
         self._file.close()
+
+
+def read_row(path: Path, row: int) -> NDArray[np.float32]:
+    """One row [width] of such a file; the others are not read."""
+    with safe_open(path, "numpy") as file:
+        found: NDArray[np.float32] = file.get_slice(NAME)[row : row + 1][0]
+    return found
 
 
 def read_rows(path: Path) -> NDArray[np.float32]:

@@ -174,7 +174,7 @@ class Store:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file under a temporary name, sync it, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part = path.with_name(f"{path.name}.part-{os.getpid()}-{uuid4().hex[:8]}")
     try:
         with part.open("w") as file:
             json.dump(content, file, indent=1, sort_keys=True)

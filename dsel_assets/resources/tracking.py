@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 UI = "http://127.0.0.1:5000"
+TRAINING = "workflowType=machine_learning"
 LOCK_SECONDS = 120  # how long to wait for other processes that log to the same MLflow
 EVERY = 50_000  # the most runs that MLflow returns at once
 DEFAULTS = {  # read by mlflow: no telemetry, no chatter, and seconds instead of minutes when down
@@ -35,6 +36,7 @@ DEFAULTS = {  # read by mlflow: no telemetry, no chatter, and seconds instead of
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
 }
 
 
@@ -110,11 +112,13 @@ class Tracking:
     def url(self, task: str) -> str:
         """The task's experiment in MLflow's pages: the server's, or a database's on port 5000 here.
 
-        `DSEL_MLFLOW_UI` names another address.
+        Without a workflow type MLflow shows an empty page of traces. `DSEL_MLFLOW_UI` names another
+        address.
         """
         with self._locked() as client:
             base = os.environ.get("DSEL_MLFLOW_UI", self.uri if self.served else UI)
-            return f"{base.rstrip('/')}/#/experiments/{self._experiment(client, task)}"
+            number = self._experiment(client, task)
+            return f"{base.rstrip('/')}/#/experiments/{number}/runs?{TRAINING}"
 
     def log_cells(
         self, task: str, generation: int, cells: Sequence[TrackedCell], run_tags: Mapping[str, str]

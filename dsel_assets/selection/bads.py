@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -285,6 +286,7 @@ class Bads(Selector):
     version = 2
     needs = Needs.TARGET | Needs.LABELS | Needs.MODEL
     warms = True
+    aim = "weight_at_the_end"
 
     def __init__(
         self,
@@ -344,6 +346,14 @@ class Bads(Selector):
             spent=seconds,
         )
 
+    def objective(
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+    ) -> float | None:
+        """Mean weight of these ids as the chains ended; a weight network keeps none."""
+        known = np.isin(state["ids"], ids)
+        logits = [value[known] for name, value in state.items() if name.endswith(".logits")]
+        return float(expit(np.array(logits, np.float64)).mean()) if logits else None
+
     def _run(
         self, pool: Examples, target: Examples, seed: int, warm: State | None
     ) -> tuple[_Run, float]:
@@ -383,6 +393,7 @@ class BadsJoint(Bads):
 
     name = "bads_joint"
     whole = True
+    aim = ""
 
     def size(self, limit: int, rows: int) -> int:
         """All of them."""

@@ -38,7 +38,9 @@ def label_quality(
     from cleanlab.rank import get_label_quality_scores
 
     quality = get_label_quality_scores(labels, probabilities, method=method)
-    wrong = find_label_issues(labels, probabilities, n_jobs=1)
+    wrong = np.zeros(len(labels), bool)
+    if len(np.unique(labels)) > 1:  # of one class the package can't tell
+        wrong = find_label_issues(labels, probabilities, n_jobs=1)
     return np.asarray(quality, dtype=np.float64), np.asarray(wrong, dtype=bool)
 
 

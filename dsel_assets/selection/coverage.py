@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.cluster import MiniBatchKMeans
 
 from dsel_assets.selection.arrays import as_rows
 
@@ -16,6 +15,8 @@ def clusters(sketches: ArrayLike, count: int, *, seed: int = 0) -> NDArray[np.in
 
     Where directions rather than places tell rows apart, hand in rows of norm 1.
     """
+    from sklearn.cluster import MiniBatchKMeans
+
     rows = as_rows(sketches, "sketches")
     count = max(1, min(count, MOST_CLUSTERS, len(rows)))
     means = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=4096)

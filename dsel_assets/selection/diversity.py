@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from dsel_assets.data.examples import Examples
@@ -123,6 +121,8 @@ def typiclust(
         [n] indices in the order of choice. The distances inside a cluster are compared by
         scikit-learn in blocks: time is the sum of the clusters' squared sizes, N^2 for n = 1.
     """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
     X = _rows(rows, n)
     count = min(n, most_clusters)
     if count <= 50:
@@ -145,6 +145,8 @@ def typiclust(
 
 
 def _most_typical(rows: Array, k: int) -> int:
+    from sklearn.neighbors import NearestNeighbors
+
     if k == 0:
         return 0
     distances = NearestNeighbors(n_neighbors=k).fit(rows).kneighbors()[0]
@@ -289,6 +291,11 @@ class KMeansPlusPlus(Selector):
     name = "kmeanspp"
     needs = Needs.SKETCHES | Needs.LABELS
 
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
+
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
@@ -310,6 +317,11 @@ class Badge(Selector):
     name = "badge"
     needs = Needs.MODEL
 
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
+
     def __init__(self, *, model: Builder, trainable: Sequence[str] | None = None) -> None:
         self.model = model
 
@@ -330,6 +342,11 @@ class TypiClust(Selector):
     name = "typiclust"
     needs = Needs.SKETCHES | Needs.LABELS
     nested = False
+
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
 
     def __init__(self, *, neighbours: int = 20, most_clusters: int = 500, small: int = 5) -> None:
         self.neighbours, self.most_clusters, self.small = neighbours, most_clusters, small
@@ -361,6 +378,11 @@ class ProbCover(Selector):
     needs = Needs.SKETCHES | Needs.LABELS
     deterministic = True
 
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every pair of rows."""
+        return rows**2
+
     def __init__(self, *, delta: float | None = None) -> None:
         self.delta = delta
 
@@ -381,6 +403,11 @@ class Facility(Selector):
     name = "facility"
     needs = Needs.SKETCHES | Needs.LABELS
     deterministic = True
+
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every pair of rows."""
+        return rows**2
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None

@@ -133,6 +133,11 @@ class KCenter(Selector):
     name = "kcenter"
     needs = Needs.SKETCHES | Needs.LABELS
 
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
+
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
@@ -148,6 +153,11 @@ class Herding(Selector):
     name = "herding"
     needs = Needs.SKETCHES | Needs.LABELS
     deterministic = True
+
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
 
     def __init__(self, *, form: Literal["original", "published"] = "original") -> None:
         self.form = form
@@ -169,6 +179,11 @@ class Adaptive(Selector):
 
     name = "adaptive"
     needs = Needs.SKETCHES | Needs.LABELS
+
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from pathlib import Path
@@ -57,6 +57,7 @@ class Constraints:
 
 
 NONE = Constraints()
+TRIES = 6  # selections that look for the size that a cost budget pays for
 READS = {"sketches": Needs.SKETCHES, "inputs": Needs.MODEL}  # arrays that a score is made of
 
 
@@ -119,6 +120,22 @@ class Selector(ABC):
     deterministic: ClassVar[bool] = False  # does the seed change nothing?
     whole: ClassVar[bool] = False  # does the budget change nothing?
     warms: ClassVar[bool] = False  # is a re-selection better off going on from the last one?
+    aim: ClassVar[str] = ""  # what `objective` is called; "" where it can't tell
+    lower: ClassVar[bool] = False  # is a smaller objective better?
+
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """How its time grows with the pool and the budget, up to a factor: one score a row."""
+        return rows
+
+    def objective(
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+    ) -> float | None:
+        """How good these ids of the pool are, whoever chose them, by what this strategy aims at.
+
+        state: that of its selection from this pool. None where it has no such number.
+        """
+        return None
 
     def size(self, limit: int, rows: int) -> int:
         """How many of `rows` examples are chosen under a limit; some baselines ignore it."""
@@ -185,10 +202,12 @@ class Selector(ABC):
         A budget above the pool warns and takes everything.
         """
         started = time.perf_counter()
-        limit = self._limit(budget)
         order = np.argsort(pool.ids, kind="stable")
         pool = pool.take(order[~np.isin(pool.ids[order], sorted(constraints.forbidden))])
         self._check(pool, target, constraints)
+        if budget.cost is not None and constraints.quotas:
+            raise ValueError(f"{self.name} can't honour quotas under a cost budget")
+        limit = self._limit(budget, len(pool))
         size = self.size(limit, len(pool))
         if size == len(pool) < limit:
             warnings.warn(
@@ -200,14 +219,29 @@ class Selector(ABC):
         rest = np.setdiff1d(np.arange(len(pool)), first)
         n = size - len(first)
         strata = self._strata(pool, first, size, constraints)
-        if n == 0:
-            choice = Choice(np.array([], dtype=np.int64))
-        elif n == len(rest) and not self.nested:
-            choice = Choice(np.arange(n))
-        elif strata is not None:
-            choice = self.choose_within(pool.take(rest), target, strata, seed=seed, warm=warm)
+
+        def choose(of: Examples, n: int) -> Choice:
+            if n == 0:
+                return Choice(np.array([], dtype=np.int64))
+            if n == len(of) and not self.nested:
+                return Choice(np.arange(n))
+            if strata is not None:
+                return self.choose_within(of, target, strata, seed=seed, warm=warm)
+            return self.choose(of, target, n, seed=seed, warm=warm)
+
+        if budget.cost is None or self.whole:
+            choice = choose(pool.take(rest), n)
         else:
-            choice = self.choose(pool.take(rest), target, n, seed=seed, warm=warm)
+            costs = column_of(pool, budget.cost).astype(np.float64)
+            left = budget.limit - costs[first].sum()
+            if left < 0:
+                raise ValueError(
+                    f"{self.name} can't honour {len(first)} required ids: they cost "
+                    f"{costs[first].sum():g}, the budget is {budget.limit:g}"
+                )
+            rest = rest[costs[rest] <= left]  # the others never fit
+            choice = self._within_cost(pool.take(rest), costs[rest], left, choose)
+            n = len(choice.rows)
         rows = np.concatenate([first, rest[choice.rows]])
         fewer = choice.stopped and len(choice.rows) < n
         if len(np.unique(rows)) != len(rows) or (len(choice.rows) != n and not fewer):
@@ -230,6 +264,40 @@ class Selector(ABC):
             model=choice.model,
         )
 
+    def _within_cost(
+        self,
+        pool: Examples,
+        costs: Floats,
+        limit: float,
+        choose: Callable[[Examples, int], Choice],
+    ) -> Choice:
+        """The largest choice that the limit pays for: it ends before the first that does not fit.
+
+        A nested strategy's is found in two or three tries. Of others, whose larger choice is not
+        the smaller one and more, a few sizes near the limit are tried.
+        """
+        most = int(np.searchsorted(np.cumsum(np.sort(costs)), limit, side="right"))
+        best, low, high = choose(pool, 0), 0, most + 1
+        size = min(most, int(1.25 * limit / max(costs.mean(), 1e-300)) + 1) if most else 0
+        tries = 0
+        while high - low > 1 and (tries < TRIES or low == 0):
+            tries += 1
+            found = choose(pool, size)
+            spent = np.cumsum(costs[found.rows])
+            fits = int(np.searchsorted(spent, limit, side="right"))
+            if fits == len(found.rows):
+                best, low = found, size
+                if found.stopped and len(found.rows) < size:
+                    break
+            else:
+                high = fits + 1 if self.nested else size
+            if self.nested and fits < size:
+                size = fits
+            else:
+                guess = int(size * limit / spent[-1]) if spent[-1] > 0 else most
+                size = min(max(guess, low + 1), high - 1)
+        return best
+
     def _strata(
         self, pool: Examples, first: Ints, size: int, constraints: Constraints
     ) -> Strata | None:
@@ -248,9 +316,11 @@ class Selector(ABC):
         rest = np.delete(whole.of, first)
         return Strata(rest, whole.counts - already)
 
-    def _limit(self, budget: Budget) -> int:
+    def _limit(self, budget: Budget, rows: int) -> int:
         if budget.cost is not None:
-            raise ValueError(f"{self.name} can't honour a cost budget ({budget.cost!r})")
+            if not 0 <= budget.limit < np.inf:
+                raise ValueError(f"a budget is a finite number from 0, not {budget.limit}")
+            return rows
         if budget.limit < 0 or not float(budget.limit).is_integer():
             raise ValueError(f"a budget is a whole number of examples from 0, not {budget.limit}")
         return int(budget.limit)

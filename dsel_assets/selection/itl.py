@@ -23,7 +23,7 @@ from dsel_assets.data.examples import Examples
 from dsel_assets.selection.acquisition import RULES, Rule
 from dsel_assets.selection.arrays import CHUNK, as_rows, chunks, directions
 from dsel_assets.selection.interface import Choice, Needs, Selector, State
-from dsel_assets.selection.kernels import Kernel, make_kernel
+from dsel_assets.selection.kernels import Kernel, Linear, make_kernel
 from dsel_assets.selection.nearest import nearest
 from dsel_assets.selection.posterior_trackers import Posterior, Start, follow
 from dsel_assets.selection.strata import Strata
@@ -400,6 +400,12 @@ class Itl(Selector):
     version = 2
     needs = Needs.SKETCHES | Needs.TARGET | Needs.LABELS
     deterministic = True
+    aim = "information_nats"
+
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
 
     def __init__(
         self,
@@ -438,21 +444,15 @@ class Itl(Selector):
         `displaced` the ids of the candidates that it made redundant, those that lost most first.
         With `until` there may be fewer picks than the budget allows.
         """
-        assert target is not None and pool.sketches is not None and target.sketches is not None
-        centre = pool.sketches.mean(0, dtype=np.float64)
-        candidates, targets = (
-            directions(pool.sketches, centre),
-            directions(target.sketches, centre),
-        )
-        kernel = make_kernel(self.kernel)
+        candidates, targets, kernel = *_seen(pool, target), make_kernel(self.kernel)
+        assert target is not None
         found = select_informative(
             candidates,
             targets,
             strata.n,
             rule=self.rule,
             form=self.form,
-            # equal rows say nothing and have no norm to take the noise from: any noise will do
-            noise=self.noise if self.noise or candidates.any() else 1.0,
+            noise=self._noise(candidates),
             kernel=kernel,
             required=_kept(pool.ids, strata, warm),
             strata=strata,
@@ -487,6 +487,41 @@ class Itl(Selector):
             {"ids": pool.ids[found.indices]},
             stopped=self.until is not None,
         )
+
+    def objective(
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+    ) -> float:
+        """Nats that noisy observations at these ids tell about noisy ones at the targets.
+
+        Whatever the rule is: it is the sum of the gains, in any order (chain rule).
+        """
+        candidates, targets = _seen(pool, target)
+        kernel, rows = make_kernel(self.kernel), candidates[np.isin(pool.ids, ids)]
+        noise = self._noise(candidates) or float(kernel.diagonal(candidates).mean())
+        parts = rows, targets, np.concatenate([rows, targets])
+        alone, about, together = (_log_determinant(kernel, part, noise) for part in parts)
+        return (alone + about - together) / 2
+
+    def _noise(self, candidates: Array) -> float | None:
+        # equal rows say nothing and have no norm to take the noise from: any noise will do
+        return self.noise if self.noise or candidates.any() else 1.0
+
+
+def _seen(pool: Examples, target: Examples | None) -> tuple[Array, Array]:
+    """Sketches of pool and target, centred on the pool and of unit norm."""
+    assert target is not None and pool.sketches is not None and target.sketches is not None
+    centre = pool.sketches.mean(0, dtype=np.float64)
+    return directions(pool.sketches, centre), directions(target.sketches, centre)
+
+
+def _log_determinant(kernel: Kernel, rows: Array, noise: float) -> float:
+    """Of the covariance of noisy observations, in units of the noise."""
+    if isinstance(kernel, Linear) and len(rows) > rows.shape[1]:
+        rows = rows.astype(np.float64)
+        inner = rows.T @ rows
+    else:
+        inner = kernel.matrix(rows, rows)
+    return float(np.linalg.slogdet(inner / noise + np.eye(len(inner)))[1])
 
 
 def _largest_of(values: Array) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -151,6 +150,8 @@ def rank_correlation(a: NDArray, b: NDArray) -> float:
     1.0 where both are constant, 0.0 where one is. Of more than 2^20 entries the ranks are places
     among 2^16 of them, evenly apart, so that no ranks are held.
     """
+    from scipy.stats import rankdata
+
     if len(a) <= EXACT:
         first, second = (rankdata(x) - (len(x) + 1) / 2 for x in (a, b))
         aa, bb, ab = first @ first, second @ second, first @ second

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pandas.util import hash_array
 
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.arrays import as_blocks, as_rows
@@ -81,6 +80,13 @@ class Skmm(Selector):
     needs = Needs.SKETCHES | Needs.LABELS
     nested = False
     warms = True
+    aim = "trace_score"
+    lower = True
+
+    @classmethod
+    def work(cls, rows: int, n: int) -> float:
+        """Every row is looked at again for each pick."""
+        return rows * n
 
     def __init__(
         self,
@@ -157,6 +163,15 @@ class Skmm(Selector):
             {"ids": pool.ids[held], "weights": weights[held]},
         )
 
+    def objective(
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+    ) -> float:
+        """Distance of their moment from the pool's: `trace_score` of `compare_moments`."""
+        assert pool.sketches is not None
+        blocks = as_blocks(reduce_sketches(pool.sketches, len(ids), self.dimension), "sketches")
+        chosen = blocks[np.isin(pool.ids, ids)]
+        return compare_moments(chosen, second_moment(blocks), len(blocks))["trace_score"]
+
 
 def _weights_before(ids: NDArray[np.str_], warm: State) -> Array:
     """[N] of the examples of sorted ids: what an earlier selection gave them, 0 if nothing."""
@@ -172,6 +187,8 @@ def _uniforms(ids: NDArray[np.str_], seed: int) -> Array:
 
     Drawn by these, subsets of this week and the next differ only as far as their weights do.
     """
+    from pandas.util import hash_array
+
     keys = hash_array(ids.astype(object), hash_key=f"{seed:016d}", categorize=False)
     return (keys.astype(np.float64) + 0.5) / 2.0**64
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Quota = int | float
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,40 @@ class Strata:
                 f"quotas of {column} leave {rest} of {n} to {others} examples of other values"
             )
         return cls(of, np.array([*counts, rest], np.int64))
+
+
+def fill_quotas(
+    asked: Mapping[str, Quota], values: NDArray, n: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """How many of each value to choose so that n are chosen, and how many each is short of.
+
+    asked: of values [N] (text), a number of examples, or a share of n (a float), rounded down; of
+    the examples that this leaves over the largest remainders get one each. What a value can't
+    fill, and what quotas of all values leave open, goes to values without a quota, and beyond
+    those to the others in proportion to the room they have. More than n in all is cut in
+    proportion.
+    """
+    there = {value: int(np.count_nonzero(values == value)) for value in asked}
+    shares = {v: q for v, q in asked.items() if isinstance(q, float)}
+    wanted = {v: int(q) for v, q in asked.items() if v not in shares}
+    wanted |= _whole({v: q * n for v, q in shares.items()}, round(sum(shares.values()) * n))
+    if sum(wanted.values()) > n:
+        total = sum(wanted.values())
+        wanted = _whole({v: k * n / total for v, k in wanted.items()}, n)
+    counts = {v: min(k, there[v]) for v, k in wanted.items()}
+    short = {v: k - counts[v] for v, k in wanted.items() if k > counts[v]}
+    spill = n - sum(counts.values()) - (len(values) - sum(there.values()))
+    if spill > 0:
+        room = {v: there[v] - k for v, k in counts.items()}
+        more = _whole({v: spill * k / sum(room.values()) for v, k in room.items()}, spill)
+        counts = {v: k + more[v] for v, k in counts.items()}
+    return counts, short
+
+
+def _whole(parts: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole numbers near these, of this sum; the largest remainders are rounded up."""
+    found = {value: int(part) for value, part in parts.items()}
+    rest: Any = sorted(parts, key=lambda value: found[value] - parts[value])
+    for value in rest[: max(0, total - sum(found.values()))]:
+        found[value] += 1
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,6 +97,19 @@ def register(ws: Workspace, file: Landed) -> Arrival | None:
         entered = Arrival(key, file.path, digest, file.size, 1 + len(known))
         write_json(ledger / f"{key}.json", asdict(entered))
     return entered
+
+
+def is_new(known: Sequence[Arrival], file: Landed) -> bool:
+    """Whether a file's content is in no arrival; files of a known path and size are not read."""
+    if any((one.path, one.size) == (file.path, file.size) for one in known):
+        return False
+    if all(one.size != file.size for one in known):
+        return True
+    try:
+        digest = file_digest(file.path)
+    except OSError:
+        return True
+    return all(one.digest != digest for one in known)
 
 
 def holds(path: str, digest: str) -> bool:

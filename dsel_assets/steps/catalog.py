@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,7 +66,7 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
         "conflicts": with_constants(conflicts, {"task": ws.task.name}),
     }
     for name, table in written.items():
-        part = folder / f"{name}.parquet.part"
+        part = folder / f"{name}.parquet.part-{os.getpid()}-{uuid4().hex[:8]}"
         pq.write_table(table, part)
         part.rename(folder / f"{name}.parquet")
 
@@ -126,6 +127,11 @@ def _cell_row(
         "chosen": selection.manifest["rows"],
         "whole": STRATEGIES[cell.strategy].whole,
         "stopped": selection.summary.get("stopped", False),
+        "budget_in": ws.task.budget_in,
+        "cost": selection.summary.get("cost"),
+        "aim": STRATEGIES[cell.strategy].aim,
+        "objective": selection.summary.get("objective"),
+        "objective_before": selection.summary.get("objective_before"),
         "select_seconds": selection.summary["seconds"],
         "sketch_seconds": sketch_seconds if sketches else 0.0,
         "train_seconds": checkpoint.manifest["seconds"],

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dsel_assets.resources.store import Entry, identity
+from dsel_assets.resources.store import Entry, StoreError, identity
 from dsel_assets.selection import STRATEGIES, Needs
-from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.generation import Generation, generation_at
 from dsel_assets.steps.model import base_digest
 from dsel_assets.steps.pool import evaluation_set
 from dsel_assets.steps.sketches import sketch_space
+from dsel_assets.steps.spending import spending_fields
 from dsel_assets.steps.warm import COLD, origins
 from dsel_assets.steps.workspace import Workspace
 
@@ -64,7 +65,7 @@ def cells(
                 "settings": task.settings(name),
                 "budget": None if selector.whole else budget,
                 "seed": None if selector.deterministic else seed,
-                "constraints": {},
+                "constraints": spending_fields(ws, name),
                 "warm": COLD,
                 "target": target if Needs.TARGET in selector.needs else None,
                 "space": space if selector.needs & (Needs.SKETCHES | Needs.MODEL) else None,
@@ -86,6 +87,31 @@ def cells(
             }
             metric = {"checkpoint": identity(checkpoint), "on": evaluation, "version": 1}
             yield Cell(name, budget, seed, selection, checkpoint, metric)
+
+
+def cell_at(ws: Workspace, generation: Generation, strategy: str, budget: int, seed: int) -> Cell:
+    """One cell; StoreError, saying what there is, for one that the task does not have."""
+    if strategy not in ws.task.strategies.chosen():
+        raise StoreError(
+            f"{ws.task.name} has no strategy {strategy!r}; it has "
+            + ", ".join(ws.task.strategies.chosen())
+        )
+    for cell in cells(ws, generation, strategy):
+        if (cell.budget, cell.seed) == (budget, seed):
+            return cell
+    raise StoreError(
+        f"{ws.task.name} has no budget {budget} with seed {seed}; budgets are {ws.task.budgets}, "
+        f"seeds 0 to {ws.task.seeds - 1}"
+    )
+
+
+def selection_before(ws: Workspace, generation: Generation, cell: Cell) -> Entry | None:
+    """The cell's selection in the last generation before that has it, under today's settings."""
+    for number in range(generation.number - 1, 0, -1):
+        other = cell_at(ws, generation_at(ws, number), cell.strategy, cell.budget, cell.seed)
+        if entry := ws.store.find(ws.task.name, "subsets", other.selection):
+            return entry
+    return None
 
 
 def artifacts(ws: Workspace, cell: Cell) -> tuple[Entry, Entry, Entry]:

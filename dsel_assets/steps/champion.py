@@ -16,6 +16,7 @@ from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.workspace import Workspace
 
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"
+BY_VERDICT = "verdict"  # who promotes where no person does
 
 
 def champion(ws: Workspace) -> dict[str, Any] | None:
@@ -39,12 +40,13 @@ def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] |
     """Make this selection the champion, if it is not; returns the champion there is.
 
     chosen has `strategy`, `budget`, `generation`, `selection`, `checkpoint`, `evidence` and
-    `verdict`. What a verdict promoted and somebody rolled back, that verdict promotes no more.
+    `verdict`. What a verdict promoted and somebody rolled back, that verdict promotes no more;
+    a person may.
     """
     with _locked(ws):
         now = champion(ws)
         same = now is not None and all(now[k] == chosen[k] for k in ("selection", "checkpoint"))
-        taken_back = any(
+        taken_back = by == BY_VERDICT and any(
             line["move"] == ROLLED_BACK
             and all(line[k] == chosen[k] for k in ("selection", "verdict"))
             for line in history(ws)

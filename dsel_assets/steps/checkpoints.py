@@ -13,10 +13,9 @@ from dsel_assets.finetuning import train
 from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry
 from dsel_assets.steps.cells import Cell, cells
-from dsel_assets.steps.generation import Generation, load_pool
+from dsel_assets.steps.generation import Generation, load_pool, load_target
 from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
 from dsel_assets.steps.parallel import each
-from dsel_assets.steps.pool import evaluation_set, load_examples
 from dsel_assets.steps.workspace import Workspace
 
 
@@ -46,8 +45,10 @@ def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
     )
     parts, weights = [chosen], [subset["weight"].to_numpy()]
     if ws.task.finetune.include_target:
-        parts.append(load_examples(evaluation_set(ws, "target")))
-        weights.append(np.ones(len(parts[-1])))
+        target = load_target(ws)  # without rows whose gradient is not finite: they spoil a model
+        assert target is not None
+        parts.append(target)
+        weights.append(np.ones(len(target)))
     spec = ws.task.finetune
     with ws.store.write(ws.task.name, "checkpoints", cell.checkpoint) as draft:
         trained = train(

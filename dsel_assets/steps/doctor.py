@@ -6,8 +6,11 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from dsel_assets.resources.store import MANIFEST, StoreError, alive
 from dsel_assets.steps.cells import cells
@@ -15,11 +18,12 @@ from dsel_assets.steps.champion import champion
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.workspace import Workspace
 
+DISTRIBUTION = "dsel-assets"
 LEAST_FREE = 2**30  # bytes of disk below which the next run may fail
 OF_A_GENERATION = {"pool", "gradients", "sketches", "subsets", "checkpoints", "metrics"} | {
     "label_requests"
 }
-NOT_ARTIFACTS = {"arrivals", "generations", "champion", "scratch", "warm"}
+NOT_ARTIFACTS = {"arrivals", "generations", "champion", "plans", "scratch", "warm"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Finding:
 
 
 def examine(ws: Workspace) -> Iterator[Finding]:
-    """Everything that is wrong with a task's store; reads every byte of it."""
+    """Everything that is wrong with a task's store and the libraries; reads every byte of it."""
     root, needed = ws.store.root / ws.task.name, _needed(ws)
     kinds = (path for path in root.glob("*") if path.is_dir() and path.name not in NOT_ARTIFACTS)
     for kind in sorted(kinds):
@@ -40,6 +44,7 @@ def examine(ws: Workspace) -> Iterator[Finding]:
             yield from _artifact(ws, kind.name, folder, needed)
     yield from _notes(ws)
     yield from _champion(ws)
+    yield from _libraries()
     free = shutil.disk_usage(ws.home if ws.home.exists() else ws.home.parent).free
     if free < LEAST_FREE:
         yield Finding(f"{free / 2**20:.0f} MiB of disk are free", str(ws.home), "make room")
@@ -104,6 +109,21 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError:
         return None
+
+
+def _libraries() -> Iterator[Finding]:
+    """Installed versions that the project does not admit."""
+    for text in requires(DISTRIBUTION) or []:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = version(wanted.name)
+        except PackageNotFoundError:
+            there = "no version"
+        if there == "no version" or not wanted.specifier.contains(there, prereleases=True):
+            do = "pip install -c constraints.txt -e ."
+            yield Finding(f"{there} is installed, {wanted.specifier} is needed", wanted.name, do)
 
 
 def _champion(ws: Workspace) -> Iterator[Finding]:

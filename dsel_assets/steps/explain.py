@@ -5,16 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from dsel_assets.data import Examples
+from dsel_assets.resources.rows import read_row
 from dsel_assets.resources.store import Entry, StoreError
+from dsel_assets.selection import attribution
 from dsel_assets.steps.arrivals import arrivals
 from dsel_assets.steps.cells import cells
-from dsel_assets.steps.generation import Generation, current_generation, members
-from dsel_assets.steps.pool import pool_fields
+from dsel_assets.steps.generation import (
+    Generation,
+    arrival_of,
+    current_generation,
+    load_pool,
+    load_target,
+    members,
+)
+from dsel_assets.steps.pool import load_examples, pool_fields
+from dsel_assets.steps.sketches import SKETCHES
 from dsel_assets.steps.workspace import Workspace
 
+NEAREST = 3  # targets that are named
+NOT_A_SCORE = ("task", "selection", "example_id", "rank")
 ABOUT_THE_FILE = ("task", "artifact", "selection", "example_id")
 
 
@@ -25,6 +40,7 @@ def explain(ws: Workspace, example_id: str) -> dict[str, Any]:
                 back the first one's is kept
     quarantine  refusals of it: arrival, reason, detail
     gradient    loss in nats, norm, and the share of the generation whose norm is smaller
+    nearest     the targets whose gradients are most like its own: id, label, cosine of the sketches
     selections  one a strategy, budget and seed that chose it: rank, weight, and every score
 
     StoreError if no file that landed has this id.
@@ -40,6 +56,7 @@ def explain(ws: Workspace, example_id: str) -> dict[str, Any]:
         "arrivals": arrived,
         "quarantine": refused,
         "gradient": _gradient(ws, generation, example_id),
+        "nearest": _nearest(ws, generation, example_id),
         "selections": list(_selections(ws, generation, example_id)),
     }
 
@@ -76,6 +93,100 @@ def _gradient(ws: Workspace, generation: Generation, example_id: str) -> dict[st
         smaller += pc.sum(pc.less(norms, own["norm"])).as_py() or 0
         total += len(norms)
     return own | {"share_of_pool_with_smaller_norm": smaller / total}
+
+
+def _nearest(ws: Workspace, generation: Generation, example_id: str) -> list[dict[str, Any]]:
+    target = load_target(ws)
+    if target is None:
+        return []
+    for _, _, sketches in members(ws, generation):
+        ids = pq.read_table(sketches.file("ids.parquet"), columns=["example_id"])["example_id"]
+        if (row := pc.index(ids, example_id).as_py()) >= 0:
+            own = read_row(sketches.file(SKETCHES), row)
+            return _like(ws, own[None], target)[0]
+    return []
+
+
+def _like(ws: Workspace, sketches: NDArray, target: Examples) -> list[list[dict[str, Any]]]:
+    """The nearest targets of each row of sketches, the nearest first."""
+    assert target.sketches is not None
+    classes = ws.task.pool.columns.classes
+    cosines = attribution(
+        sketches.reshape(len(sketches), -1), target.sketches.reshape(len(target), -1)
+    )
+    return [
+        [
+            {"target": str(target.ids[j]), "label": classes[target.labels[j]], "cosine": float(c)}
+            for j, c in ((j, row[j]) for j in np.argsort(-row, kind="stable")[:NEAREST])
+        ]
+        for row in cosines
+    ]
+
+
+def cards(
+    ws: Workspace, generation: Generation, selection: Entry, count: int
+) -> list[dict[str, Any]]:
+    """The first picks of a selection: rank, id, class, source, arrival, nearest target, scores."""
+    rows = pq.read_table(selection.file("rows.parquet")).slice(0, count).to_pylist()
+    pool, target = load_pool(ws, generation)[0], load_target(ws)
+    place = {row["example_id"]: None for row in rows}
+    where = np.flatnonzero(np.isin(pool.ids, list(place)))
+    place |= dict(zip(pool.ids[where].tolist(), where.tolist(), strict=True))
+    chosen = pool.take(np.array([place[row["example_id"]] for row in rows], np.int64))
+    assert chosen.sketches is not None
+    near = _like(ws, chosen.sketches, target) if target is not None and rows else [[]] * len(rows)
+    came, classes = arrival_of(ws, generation, chosen.ids.tolist()), ws.task.pool.columns.classes
+    return [
+        {
+            "rank": row["rank"],
+            "example_id": row["example_id"],
+            "class": classes[chosen.labels[i]],
+            "source": str(chosen.groups[i]),
+            "arrival": came[row["example_id"]],
+            **{f"nearest_{name}": value for name, value in (near[i] or [{}])[0].items()},
+            **{name: value for name, value in row.items() if name not in NOT_A_SCORE},
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def inputs_of(ws: Workspace, generation: Generation, names: list[str]) -> list[NDArray]:
+    """Inputs of examples of the pool or the target set, in this order."""
+    found: dict[str, NDArray] = {}
+    target = load_target(ws)
+    entries = (pool for pool, _, _ in members(ws, generation))
+    for examples in filter(None, (target, *map(load_examples, entries))):
+        assert examples.inputs is not None
+        for row in np.flatnonzero(np.isin(examples.ids, names)):
+            found.setdefault(str(examples.ids[row]), examples.inputs[row])
+    return [found[name] for name in names]
+
+
+def portrait(ws: Workspace, example_id: str) -> bytes:
+    """A picture of an example of the pool beside its nearest targets; StoreError for vectors."""
+    from dsel_assets.evaluation.plots import gallery
+
+    if ws.task.pool.columns.kind != "image":
+        raise StoreError(f"{ws.task.name}: its inputs are vectors; there is no picture of them")
+    generation = current_generation(ws, enter=False)
+    near = _nearest(ws, generation, example_id)
+    images = inputs_of(ws, generation, [example_id, *(one["target"] for one in near)])
+    titles = [example_id[:8], *(f"{one['label']}: {one['cosine']:.2f}" for one in near)]
+    return gallery([images], [titles])
+
+
+def gallery_of(ws: Workspace, generation: Generation, rows: list[dict[str, Any]]) -> bytes | None:
+    """A picture of some cards above their nearest targets; None for vectors."""
+    from dsel_assets.evaluation.plots import gallery
+
+    if ws.task.pool.columns.kind != "image" or not rows:
+        return None
+    picks = inputs_of(ws, generation, [row["example_id"] for row in rows])
+    lines, titles = [picks], [[row["class"] for row in rows]]
+    if "nearest_target" in rows[0]:
+        lines.append(inputs_of(ws, generation, [row["nearest_target"] for row in rows]))
+        titles.append([f"{r['nearest_label']}: {r['nearest_cosine']:.2f}" for r in rows])
+    return gallery(lines, titles)
 
 
 def _selections(ws: Workspace, generation: Generation, example_id: str) -> Iterator[dict[str, Any]]:

@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dsel_assets.resources.store import Entry, StoreError, file_sha256, write_json
-from dsel_assets.steps.cells import Cell, cells
-from dsel_assets.steps.generation import Generation, current_generation, load_pool
+from dsel_assets.data import DIGEST_COLUMN, ROW_COLUMN
+from dsel_assets.resources.store import Entry, file_sha256, write_json
+from dsel_assets.steps.cells import cell_at
+from dsel_assets.steps.generation import Generation, arrival_of, current_generation, load_pool
 from dsel_assets.steps.workspace import Workspace
 
 Format = Literal["parquet", "jsonl", "hf"]
 MANIFEST = "manifest.json"
+OURS = (ROW_COLUMN, DIGEST_COLUMN)  # columns of the pool that only we need
 CARD = """---
 configs:
 - config_name: default
@@ -37,14 +39,15 @@ def export(
 ) -> Path:
     """Write a selection of the current generation into the new folder `to`; returns the folder.
 
-    Rows are in the order of choice: id, rank, weight, strategy, arrival, label, source, input.
-    `hf` is a folder that `datasets.load_dataset` reads. The folder appears whole or not at all.
+    Rows are in the order of choice: id, rank, weight, strategy, arrival, label, source, the cost
+    and the columns that the task keeps, input. `hf` is a folder that `datasets.load_dataset` reads.
+    The folder appears whole or not at all.
     StoreError for a cell that is not there, FileExistsError for a folder that is.
     """
     if to.exists():
         raise FileExistsError(f"{to} is there already; name a new folder")
     generation = current_generation(ws, enter=False)
-    cell = _cell(ws, generation, strategy, budget, seed)
+    cell = cell_at(ws, generation, strategy, budget, seed)
     entry = ws.store.get(ws.task.name, "subsets", cell.selection)
     table = _table(ws, generation, strategy, entry)
     part = to.with_name(f".{to.name}.part-{uuid4().hex[:8]}")
@@ -69,28 +72,13 @@ def export(
     return to
 
 
-def _cell(ws: Workspace, generation: Generation, strategy: str, budget: int, seed: int) -> Cell:
-    if strategy not in ws.task.strategies.chosen():
-        raise StoreError(
-            f"{ws.task.name} has no strategy {strategy!r}; it has "
-            + ", ".join(ws.task.strategies.chosen())
-        )
-    for cell in cells(ws, generation, strategy):
-        if (cell.budget, cell.seed) == (budget, seed):
-            return cell
-    raise StoreError(
-        f"{ws.task.name} has no budget {budget} with seed {seed}; budgets are {ws.task.budgets}, "
-        f"seeds 0 to {ws.task.seeds - 1}"
-    )
-
-
 def _table(ws: Workspace, generation: Generation, strategy: str, entry: Entry) -> pa.Table:
     chosen = pq.read_table(entry.file("rows.parquet"))
     pool = load_pool(ws, generation)[0]
     place = {name: row for row, name in enumerate(pool.ids.tolist())}
     ids = chosen["example_id"].to_pylist()
     rows = pool.take(np.array([place[name] for name in ids], dtype=np.int64))
-    arrived = _arrival_of(ws, generation)
+    arrived = arrival_of(ws, generation, ids)
     classes = ws.task.pool.columns.classes
     assert rows.inputs is not None
     return pa.table(
@@ -102,21 +90,10 @@ def _table(ws: Workspace, generation: Generation, strategy: str, entry: Entry) -
             "arrival": [arrived[name] for name in ids],
             "label": [classes[label] for label in rows.labels],
             "source": rows.groups,
+            **{name: column for name, column in rows.columns.items() if name not in OURS},
             "input": list(rows.inputs.reshape(len(ids), -1)),
         }
     )
-
-
-def _arrival_of(ws: Workspace, generation: Generation) -> dict[str, str]:
-    """The arrival that each id of the generation came with first."""
-    found: dict[str, str] = {}
-    for member in generation.members:
-        entry = ws.store.entry(ws.task.name, "pool", member.pool)
-        assert entry is not None
-        ids = pq.read_table(entry.file("rows.parquet"), columns=["example_id"])["example_id"]
-        for name in ids.to_pylist():
-            found.setdefault(name, member.arrival)
-    return found
 
 
 def _parquet(table: pa.Table, folder: Path, said: dict[str, Any]) -> None:

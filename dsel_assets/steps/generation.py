@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from filelock import FileLock
 
 from dsel_assets.data import Examples, merge
@@ -141,6 +143,16 @@ def members(ws: Workspace, generation: Generation) -> Iterator[tuple[Entry, Entr
             _entry(ws, "gradients", member.gradients),
             _entry(ws, "sketches", member.sketches),
         )
+
+
+def arrival_of(ws: Workspace, generation: Generation, ids: Iterable[str]) -> dict[str, str]:
+    """The arrival that each of these ids came with first."""
+    wanted, found = pa.array(list(ids), pa.string()), dict[str, str]()
+    for member, (pool, _, _) in zip(generation.members, members(ws, generation), strict=True):
+        there = pq.read_table(pool.file("rows.parquet"), columns=["example_id"])["example_id"]
+        for name in there.filter(pc.is_in(there, wanted)).to_pylist():
+            found.setdefault(name, member.arrival)
+    return found
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,9 @@ def _requests(ws: Workspace, chosen: Examples) -> pa.Table:
         columns[schema.group] = chosen.groups
     if schema.id is not None:
         columns[schema.id] = chosen.ids
+    for name in (schema.cost, *schema.keep):
+        if name is not None:
+            columns[name] = chosen.columns[name]
     return pa.table(columns)
 
 

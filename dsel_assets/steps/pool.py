@@ -29,7 +29,7 @@ from dsel_assets.data import (
     read_file,
     validate,
 )
-from dsel_assets.resources.store import Draft, Entry
+from dsel_assets.resources.store import MANIFEST, Draft, Entry
 from dsel_assets.steps.arrivals import Arrival, arrival, holds
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import TaskError
@@ -37,8 +37,12 @@ from dsel_assets.task import TaskError
 VERSION = 2
 
 
-def contract(ws: Workspace, labelled: bool = True) -> Contract:
-    """The schema of the task as what the readers check."""
+COST = "cost"  # columns of rows.parquet, whatever the data calls them
+KEPT = "kept."  # prefix
+
+
+def contract(ws: Workspace, labelled: bool = True, in_pool: bool = True) -> Contract:
+    """The schema of the task as what the readers check; costs and kept columns are the pool's."""
     schema = ws.task.pool.columns
     return Contract(
         input=schema.input,
@@ -48,6 +52,8 @@ def contract(ws: Workspace, labelled: bool = True) -> Contract:
         kind=schema.kind,
         shape=tuple(schema.shape),
         classes=tuple(schema.classes),
+        cost=schema.cost if in_pool else None,
+        names=tuple(schema.keep) if in_pool else (),
     )
 
 
@@ -58,7 +64,8 @@ def evaluation_set(ws: Workspace, split: str) -> Entry:
     fields = {"split": split, "file": digest_of(path), "contract": schema, "version": VERSION}
     if entry := ws.store.find(ws.task.name, "target", fields):
         return entry
-    found = validate(read_file(path, contract(ws).declared), contract(ws), split)
+    asked = contract(ws, in_pool=False)
+    found = validate(read_file(path, asked.declared), asked, split)
     if found.quarantine.num_rows or not len(found.examples):
         first = found.quarantine.slice(0, 1).to_pylist() or [{"row": 0, "reason": "no rows"}]
         raise TaskError(
@@ -126,10 +133,26 @@ def ingest(ws: Workspace, key: str) -> Entry:
             "quarantined": quarantine.num_rows,
             "reasons": _counts(quarantine["reason"].to_pylist()),
             "undeclared_columns": list(found.extra),
+            "details": _counts(_causes(found.quarantine)),
             "classes": _counts([contract(ws).classes[label] for label in examples.labels]),
             "sources": _counts(examples.groups.tolist()),
         }
     return draft.done
+
+
+def missed(ws: Workspace, known: Arrival) -> int | None:
+    """When an arrival's file was gone as it was to be read (ns), if it is there again."""
+    entry = ws.store.find(ws.task.name, "pool", pool_fields(ws, known))
+    if entry is None or not entry.summary.get("lost") or not holds(known.path, known.digest):
+        return None
+    return (entry.path / MANIFEST).stat().st_mtime_ns
+
+
+def _causes(quarantine: pa.Table) -> list[str]:
+    """Of each refused row the column that it was refused for, and why."""
+    rows = quarantine.select(["reason", "detail"]).to_pylist()
+    named = [(row["reason"], (row["detail"] or "").partition(":")[0]) for row in rows]
+    return [f"{at}: {why}" if at.startswith("column ") else why for why, at in named]
 
 
 def find_ingested(ws: Workspace, known: Arrival) -> Entry | None:
@@ -167,8 +190,12 @@ def held_back(ws: Workspace, entry: Entry) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _load(path: str, identity: str) -> Examples:
+def _load(path: str, identity: str, cost: str | None) -> Examples:
     rows = pq.read_table(f"{path}/rows.parquet")
+    kept = [name for name in rows.column_names if name.startswith(KEPT)]
+    columns = {name.removeprefix(KEPT): np.array(rows[name], dtype=np.str_) for name in kept}
+    if cost is not None:
+        columns[cost] = rows[COST].to_numpy().copy()
     arrays = load_file(f"{path}/inputs.safetensors")
     return Examples(
         ids=np.array(rows["example_id"].to_pylist(), dtype=np.str_),
@@ -178,19 +205,24 @@ def _load(path: str, identity: str) -> Examples:
         columns={
             ROW_COLUMN: rows[ROW_COLUMN].to_numpy().copy(),
             DIGEST_COLUMN: np.array(rows[DIGEST_COLUMN].to_pylist(), dtype=np.str_),
-        },
+        }
+        | columns,
     )
 
 
 def load_examples(entry: Entry) -> Examples:
     """The examples of an arrival or an evaluation set."""
     entry.file("rows.parquet"), entry.file("inputs.safetensors")
-    return _load(str(entry.path), entry.identity)
+    fields = entry.manifest["fields"]
+    cost = fields["contract"]["cost"] if "arrival" in fields else None
+    return _load(str(entry.path), entry.identity, cost)
 
 
 def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str, str]) -> None:
-    classes = ws.task.pool.columns.classes
+    schema, classes = ws.task.pool.columns, ws.task.pool.columns.classes
     assert examples.inputs is not None
+    cost = examples.columns.get(schema.cost or "", pa.nulls(len(examples), pa.float64()))
+    names = {name: examples.columns[name] for name in schema.keep if name in examples.columns}
     rows = pa.table(
         {
             "example_id": examples.ids,
@@ -199,7 +231,9 @@ def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str,
             "label_name": [classes[label] for label in examples.labels],
             "source": examples.groups,
             DIGEST_COLUMN: examples.columns[DIGEST_COLUMN],
+            COST: cost,
         }
+        | {f"{KEPT}{name}": column for name, column in names.items()}
     )
     pq.write_table(with_constants(rows, constants), draft.path / "rows.parquet")
     save_file({"inputs": np.ascontiguousarray(examples.inputs)}, draft.path / "inputs.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsel_assets.resources.store import StoreError
-from dsel_assets.steps.arrivals import arrivals, landed
+from dsel_assets.steps.arrivals import arrivals, is_new, landed
 from dsel_assets.steps.cells import missing_strategies
 from dsel_assets.steps.champion import champion
 from dsel_assets.steps.generation import current_generation
@@ -25,7 +25,7 @@ def status(ws: Workspace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "task": ws.task.name,
         "arrivals": len(known),
-        "landed_and_unknown": len({file.path for file in landed(ws)} - {one.path for one in known}),
+        "landed_and_unknown": sum(is_new(known, file) for file in landed(ws)),
         "not_ingested": [key for key, pool in pools.items() if pool is None],
         "held_back": {key: why for key, why in back.items() if why},
         "rows": sum(p.manifest["rows"] for key, p in pools.items() if p and not back[key]),

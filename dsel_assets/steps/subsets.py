@@ -11,19 +11,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from dsel_assets.data import Examples
 from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry, identity
-from dsel_assets.selection import STRATEGIES, Budget, Selection, Selector, make_selector
+from dsel_assets.selection import STRATEGIES, Selection, Selector, make_selector
 from dsel_assets.selection.guards import ALARMS
-from dsel_assets.steps.cells import Cell, cells
+from dsel_assets.steps.cells import Cell, cells, selection_before
 from dsel_assets.steps.generation import Generation, load_pool, load_target
 from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
 from dsel_assets.steps.parallel import each
+from dsel_assets.steps.spending import budget_of, constraints_of, cost_of, prices
 from dsel_assets.steps.warm import STATE, save_state, state_of
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import warn_about_budgets
+
+QUOTAS = pa.schema(
+    [("column", pa.string()), ("value", pa.string()), ("asked", pa.float64())]
+    + [(name, pa.int64()) for name in ("there", "chosen", "short")]
+    + [(name, pa.float64()) for name in ("objective", "objective_without", "price")]
+)
 
 
 def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
@@ -59,25 +67,51 @@ def _select(ws: Workspace, generation: Generation, strategy: str, group: list[Ce
         selector.scratch = scratch / name / identity(work)
         for cell in group:
             if ws.store.find(ws.task.name, "subsets", cell.selection) is None:
-                _write(ws, cell, selector, pool, target)
+                _write(ws, generation, cell, selector, pool, target)
         shutil.rmtree(scratch / name, ignore_errors=True)
 
 
 def _write(
-    ws: Workspace, cell: Cell, selector: Selector, pool: Examples, target: Examples | None
+    ws: Workspace,
+    generation: Generation,
+    cell: Cell,
+    selector: Selector,
+    pool: Examples,
+    target: Examples | None,
 ) -> None:
+    name, warm = cell.strategy, state_of(ws, cell.selection["warm"])
+    budget = budget_of(ws, cell.budget, pool)
+    n = min(cell.budget, len(pool))
+    select = partial(selector.select, pool, target, budget, seed=cell.seed, warm=warm)
     with ws.store.write(ws.task.name, "subsets", cell.selection) as draft:
-        budget = Budget(min(cell.budget, len(pool)))
-        warm = state_of(ws, cell.selection["warm"])
-        chosen = selector.select(pool, target, budget, seed=cell.seed, warm=warm)
+        chosen = select(constraints=constraints_of(ws, name, pool, n)[0])
+
+        def objective(ids: NDArray[np.str_]) -> float | None:
+            return selector.objective(pool, target, ids, chosen.state) if len(ids) else None
+
         table = _table(ws, cell.identities["subsets"], chosen)
         pq.write_table(table, draft.path / "rows.parquet")
         if selector.warms and chosen.state:
             save_state(chosen.state, draft.path / STATE)
         if chosen.model is not None:
             save_weights(chosen.model, draft.path / WEIGHTS)
+        if cell.seed == 0:
+            without = prices(
+                ws, name, pool, n, lambda c: select(constraints=c).ids, objective, chosen.ids
+            )
+            if without:
+                table = pa.Table.from_pylist(without, QUOTAS)
+                pq.write_table(table, draft.path / "quotas.parquet")
         draft.rows = len(chosen.ids)
         draft.summary = {key: _plain(value) for key, value in chosen.diagnostics.items()}
+        if (cost := cost_of(ws, pool, chosen.ids)) is not None:
+            draft.summary["cost"] = cost
+        if selector.aim:
+            earlier = selection_before(ws, generation, cell)
+            draft.summary["objective"] = objective(chosen.ids)
+            draft.summary["objective_before"] = earlier and objective(
+                np.array(chosen_ids(earlier), np.str_)
+            )
 
 
 def _table(ws: Workspace, name: str, selection: Selection) -> pa.Table:
@@ -102,6 +136,13 @@ def chosen_ids(entry: Entry) -> list[str]:
     return pq.read_table(entry.file("rows.parquet"), columns=["example_id"])[
         "example_id"
     ].to_pylist()
+
+
+def quota_rows(entry: Entry) -> list[dict[str, Any]]:
+    """What each quota asked, got and cost; nothing where there are none, or of another seed."""
+    if "quotas.parquet" not in entry.manifest["files"]:
+        return []
+    return pq.read_table(entry.file("quotas.parquet")).to_pylist()
 
 
 PER_PICK = ("gain", "variance_left", "worst_variance_left")
@@ -134,6 +175,37 @@ def alarms(ws: Workspace, generation: Generation) -> list[dict[str, Any]]:
     ]
 
 
+COLLAPSED = 0.7  # share of one class or source in a choice that is worth a warning
+
+
+def collapsed(ws: Workspace, generation: Generation) -> list[dict[str, Any]]:
+    """Choices of which one class or source takes most, but less than half as much of the pool."""
+    pool, classes = load_pool(ws, generation)[0], np.array(ws.task.pool.columns.classes)
+    values = {"class": classes[pool.labels], "source": pool.groups}
+    rows, seen = [], set[str]()
+    for cell in cells(ws, generation):
+        entry = ws.store.get(ws.task.name, "subsets", cell.selection)
+        if STRATEGIES[cell.strategy].whole or entry.identity in seen:
+            continue
+        seen.add(entry.identity)
+        chosen = np.isin(pool.ids, chosen_ids(entry))
+        for name, column in values.items():
+            value, share = _most(column[chosen])
+            there = float(np.mean(column == value))
+            if share > COLLAPSED and there < share / 2:
+                place = {"strategy": cell.strategy, "budget": cell.budget, "seed": cell.seed}
+                rows.append(place | {"of": name, "value": value, "share": share, "pool": there})
+    return rows
+
+
+def _most(values: NDArray[np.str_]) -> tuple[str, float]:
+    """The most frequent value and its share."""
+    if len(values) == 0:
+        return "", 0.0
+    found, counts = np.unique(values, return_counts=True)
+    return str(found[counts.argmax()]), float(counts.max() / len(values))
+
+
 CHANCE = 3.0  # standard deviations by which chance alone hardly departs
 
 
@@ -154,7 +226,7 @@ def beyond_chance(ws: Workspace, generation: Generation) -> list[dict[str, Any]]
     rows, found = len(load_pool(ws, generation)[0]), []
     for (strategy, budget), entries in groups.items():
         sets = [set(chosen_ids(entry)) for entry in entries]
-        n = len(sets[0])
+        n = float(np.mean([len(ids) for ids in sets]))  # under a cost budget they differ a little
         if n in (0, rows):
             continue
         pairs = list(combinations(sets, 2))

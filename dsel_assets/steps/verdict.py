@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dsel_assets.evaluation import holm, paired_difference, verdict
-from dsel_assets.resources.store import Entry, Store, identity
+from dsel_assets.resources.store import Entry, Store, StoreError, identity
 from dsel_assets.selection import STRATEGIES
-from dsel_assets.steps.cells import Cell, cells
-from dsel_assets.steps.champion import champion, crown
-from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.cells import Cell, artifacts, cell_at, cells
+from dsel_assets.steps.champion import BY_VERDICT, champion, crown
+from dsel_assets.steps.generation import Generation, current_generation
 from dsel_assets.steps.metrics import SPLITS
 from dsel_assets.steps.workspace import Workspace
 
@@ -86,21 +86,55 @@ def promote(ws: Workspace, generation: Generation, decided: Entry) -> dict[str, 
     if not better:
         return champion(ws)
     best = max(better, key=lambda row: row["diff"])
-    cell = next(
-        cell
-        for cell in cells(ws, generation, best["strategy"])
-        if cell.budget == best["budget"] and cell.seed == 0
-    )
-    chosen = {
-        "strategy": best["strategy"],
-        "budget": best["budget"],
+    cell = cell_at(ws, generation, best["strategy"], best["budget"], seed=0)
+    return crown(ws, _reign(generation, cell, decided, best), BY_VERDICT)
+
+
+def promote_by_hand(
+    ws: Workspace, strategy: str, budget: int, seed: int, by: str, why: str
+) -> dict[str, Any]:
+    """Make a selection of the current generation the champion, whatever the verdict says of it.
+
+    What validation said stands in its evidence, beside `by` and `why`. StoreError where the
+    generation is not compared yet, where the cell is not there, and where validation does not call
+    it better and no reason is given.
+    """
+    generation = current_generation(ws, enter=False)
+    decided = find_verdict(ws, generation)
+    if decided is None:
+        raise StoreError(
+            f"{ws.task.name}: generation {generation.number} is not compared yet; `dsel run` first"
+        )
+    cell = cell_at(ws, generation, strategy, budget, seed)
+    artifacts(ws, cell)
+    place = {"strategy": strategy, "budget": budget, "split": "validation"}
+    rows = (row for row in comparisons(decided) if place.items() <= row.items())
+    said = next(rows, {"verdict": f"nothing: {strategy} is what others are compared with"})
+    if said["verdict"] != "better" and not why:
+        raise StoreError(
+            f"{ws.task.name}: of {strategy} at {budget} validation says: {said['verdict']}; "
+            "give a reason (--why) to promote it nevertheless"
+        )
+    found = crown(ws, _reign(generation, cell, decided, said) | {"why": why}, by)
+    assert found is not None
+    return found
+
+
+def _reign(
+    generation: Generation, cell: Cell, decided: Entry, said: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A cell as champion, and what the verdict said of it."""
+    evidence = ("verdict", "diff", "diff_low", "diff_high", "p_holm")
+    return {
+        "strategy": cell.strategy,
+        "budget": cell.budget,
+        "seed": cell.seed,
         "generation": generation.number,
         "selection": cell.identities["subsets"],
         "checkpoint": cell.identities["checkpoints"],
-        "evidence": {key: best[key] for key in ("diff", "diff_low", "diff_high", "p_holm")},
+        "evidence": {key: said[key] for key in evidence if key in said},
         "verdict": decided.identity,
     }
-    return crown(ws, chosen, "verdict")
 
 
 def _comparisons(

@@ -16,7 +16,7 @@ from dsel_assets.data import Contract, RawBatch, read_file, validate
 from dsel_assets.data.readers import MISSING
 
 CLASSES = ("cat", "dog", "7")
-IMAGE = Contract("image", "label", "source", "id", "image", (1, 4, 5), CLASSES, ("cost",))
+IMAGE = Contract("image", "label", "source", "id", "image", (1, 4, 5), CLASSES, "cost", ("tag",))
 VECTOR = Contract("x", "y", None, None, "vector", (3,), CLASSES)
 PIXELS = np.arange(20, dtype=np.uint8).reshape(4, 5) * 12
 PIXELS[:, 0] = 0
@@ -26,7 +26,8 @@ def check(cells, contract=VECTOR, labels=None, batch=1000):
     """Validate a column of inputs (and labels), as JSON cells or as an Arrow array."""
     n = len(cells)
     columns = {contract.input: cells, contract.label: labels if labels is not None else [0] * n}
-    columns |= {name: [0.5] * n for name in contract.columns}
+    columns |= {contract.cost: [0.5] * n} if contract.cost else {}
+    columns |= {name: [None] * n for name in contract.names}
     columns |= {contract.group: [None] * n} if contract.group else {}
     columns |= {contract.id: [f"r{i}" for i in range(n)]} if contract.id else {}
     raw = [
@@ -292,6 +293,7 @@ def records(n, **changes):
             "source": "v1",
             "id": f"row-{i}",
             "cost": float(i),
+            "tag": i,
             **changes,
         }
         for i in range(n)
@@ -312,6 +314,7 @@ def test_ids_groups_and_costs_are_data_only():
     examples = validate_records(rows).examples
     assert examples.ids.tolist() == examples.groups.tolist() == AWKWARD_IDS
     assert examples.columns["cost"].tolist() == list(range(len(rows)))
+    assert examples.columns["tag"].tolist() == [str(i) for i in range(len(rows))]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +332,8 @@ def test_ids_groups_and_costs_are_data_only():
         ("cost", None, "empty"),
         ("cost", True, "wrong type"),
         ("cost", "3", "wrong type"),
+        ("cost", -1, "wrong type"),
+        ("tag", 0.5, "wrong type"),
         ("cost", float("nan"), "non-finite"),
         ("cost", 10**400, "non-finite"),
         *((name, MISSING, "missing column") for name in IMAGE.declared),
@@ -421,7 +426,7 @@ def test_a_file_without_rows_is_a_valid_arrival(tmp_path):
     result = validate(read_file(str(tmp_path / "x.jsonl"), IMAGE.declared), IMAGE, "x")
     assert (result.seen, len(result.examples), result.quarantine.num_rows) == (0, 0, 0)
     assert result.examples.inputs.shape == (0, 1, 4, 5)
-    assert set(result.examples.columns) == {"cost", "row", "content_digest"}
+    assert set(result.examples.columns) == {"cost", "tag", "row", "content_digest"}
 
 
 def test_duplicates_are_dropped_and_conflicts_quarantined(tmp_path):
@@ -458,11 +463,11 @@ def test_a_refused_row_does_not_take_its_id_with_it():
         {"classes": ()},
         {"classes": ("a", "a")},
         {"label": "image"},
-        {"columns": ("content_digest",)},
+        {"names": ("content_digest",)},
     ],
 )
 def test_impossible_contracts_are_refused(change):
     with pytest.raises(
-        ValueError, match=next(iter(change)) if "label" not in change else "columns"
+        ValueError, match="columns" if {"label", "names"} & set(change) else next(iter(change))
     ):
         replace(IMAGE, **change)

@@ -122,10 +122,67 @@ def test_a_whole_float_is_a_number_of_examples(name):
     assert chosen(name, 5.0) == chosen(name, 5)
 
 
+# Budgets in costs
+
+
+TOKENS = np.random.default_rng(5).integers(1, 30, ROWS).astype(float)
+PRICED = replace(POOL, columns={"tokens": TOKENS})
+PRICE = dict(zip(POOL.ids.tolist(), TOKENS.tolist(), strict=True))
+
+
+def paid(name, limit, pool=PRICED, **given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        budget = Budget(limit, cost="tokens")
+        return selector(name).select(pool, TARGET, budget, seed=0, **given)
+
+
+@choosing
+@pytest.mark.parametrize("limit", [60, 250.5])
+def test_a_cost_budget_is_spent_and_not_exceeded(name, limit):
+    selection = paid(name, limit)
+    check(selection, len(selection.ids))
+    spent = sum(PRICE[one] for one in selection.ids)
+    assert limit / 2 < spent <= limit
+    if STRATEGIES[name].nested:
+        # the choice of so many examples, which ends before the first that does not fit
+        affordable = PRICED.take(limit >= TOKENS)
+        more = chosen(name, len(selection.ids) + 1, affordable)
+        assert more[:-1] == selection.ids.tolist()
+        assert spent + PRICE[more[-1]] > limit
+
+
 @every
-def test_a_cost_budget_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"{name} can't honour a cost budget .*tokens"):
-        selector(name).select(POOL, TARGET, Budget(100, cost="tokens"), seed=0)
+def test_cost_budgets_at_their_ends(name):
+    whole = expected_size(name, ROWS)
+    assert len(paid(name, TOKENS.sum()).ids) == len(paid(name, 1e9).ids) == whole
+    if not STRATEGIES[name].whole:
+        assert len(paid(name, 0).ids) == len(paid(name, 0.5).ids) == 0
+        free = replace(PRICED, columns={"tokens": np.zeros(ROWS)})
+        assert len(paid(name, 0, free).ids) == ROWS
+
+
+@choosing
+def test_required_ids_are_paid_first(name):
+    dearest = POOL.ids[np.argsort(-TOKENS)[:2]].tolist()
+    bound = Constraints(required=frozenset(dearest))
+    selection = paid(name, 100, constraints=bound)
+    assert set(selection.ids[:2]) == set(dearest)
+    assert sum(PRICE[one] for one in selection.ids) <= 100
+    with pytest.raises(ValueError, match="they cost"):
+        paid(name, 10, constraints=bound)
+
+
+@every
+def test_impossible_cost_budgets_are_refused(name):
+    for limit in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite number from 0"):
+            paid(name, limit)
+    with pytest.raises(ValueError, match="quotas under a cost budget"):
+        paid(name, 9, constraints=Constraints(quotas={"label": {"0": 1}}))
+    if not STRATEGIES[name].whole:
+        with pytest.raises(ValueError, match="no column 'tokens'"):
+            paid(name, 9, POOL)
 
 
 # Pools

@@ -10,7 +10,7 @@ from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.cells import cells
 from dsel_assets.steps.champion import champion, history, rollback
 from dsel_assets.steps.generation import current_generation
-from dsel_assets.steps.verdict import compare, promote, verdict_identity
+from dsel_assets.steps.verdict import compare, promote, promote_by_hand, verdict_identity
 
 ROW = {
     "split": "validation",
@@ -166,3 +166,24 @@ def test_what_several_verdicts_promote_is_rolled_back_at_once(done: Any) -> None
     promote(ws, generation, decided(ws, {"strategy": "bads", "verdict": "better"}))
     back = promote(ws, generation, a)
     assert back is not None and back["strategy"] == "itl"
+
+
+def test_a_person_promotes_with_a_reason(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    with pytest.raises(StoreError, match=r"validation says: .* give a reason"):
+        promote_by_hand(ws, "random", 5, 1, "me", "")
+    chosen = promote_by_hand(ws, "random", 5, 1, "me", "the vendor asked")
+    cell = next(c for c in cells(ws, generation, "random") if (c.budget, c.seed) == (5, 1))
+    assert chosen == champion(ws) and chosen["selection"] == cell.identities["subsets"]
+    assert (chosen["by"], chosen["why"], chosen["when"][:2]) == ("me", "the vendor asked", "20")
+    itl = promote_by_hand(ws, "itl", 10, 0, "me", "better for us")
+    assert itl["evidence"].keys() == {"verdict", "diff", "diff_low", "diff_high", "p_holm"}
+    assert rollback(ws, "me") == chosen
+    # unlike a verdict, a person may insist
+    assert promote_by_hand(ws, "itl", 10, 0, "me", "still")["strategy"] == "itl"
+    for wrong in (("nobody", 10, 0), ("itl", 11, 0), ("itl", 10, 9)):
+        with pytest.raises(StoreError, match="tiny has no"):
+            promote_by_hand(ws, *wrong, "me", "why")
+    with pytest.raises(StoreError, match="not compared yet"):
+        promote_by_hand(done.workspace(seeds=3), "itl", 10, 0, "me", "why")

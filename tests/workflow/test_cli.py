@@ -59,7 +59,20 @@ def test_mistakes_are_one_line(done: Any, task_file: Any) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "label", "status", "explain", "diff", "rollback", "export", "doctor", "ui", "init"],
+    [
+        "run",
+        "label",
+        "status",
+        "explain",
+        "diff",
+        "plan",
+        "promote",
+        "rollback",
+        "export",
+        "doctor",
+        "ui",
+        "init",
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     code, said, _ = call(command, "--help")
@@ -99,6 +112,11 @@ def test_a_rollback_moves_the_alias_in_mlflow(done: Any, task_file: Any) -> None
     assert aliased() == "skmm"
     assert call("rollback", task_file, "--by", "me")[1].startswith("champion: itl at 5")
     assert aliased() == "itl"
+    code, _, error = call("promote", "bads", task_file, "--by", "me")
+    assert code == 1 and "give a reason" in error
+    words = ("promote", "bads", task_file, "--by", "me", "--why", "as a trial", "--json")
+    assert json.loads(call(*words)[1])["why"] == "as a trial" and aliased() == "bads"
+    assert call("rollback", task_file)[1].startswith("champion: itl at 5")
     assert call("rollback", task_file)[1] == "champion: none\n"
     assert not client.get_registered_model("tiny").aliases
 

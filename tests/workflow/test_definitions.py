@@ -24,10 +24,15 @@ ASSETS = {
     "hessian_spectrum": ("gradients", "pytorch", None, "base_model pool"),
     "finetuning_spectra": ("gradients", "pytorch", "steps", "hessian_spectrum"),
     "intrinsic_dimension": ("gradients", "pytorch", None, "hessian_spectrum target"),
-    "subsets": ("selection", "parquet pytorch", "strategies", "base_model sketches target"),
-    "checkpoints": ("finetuning", "pytorch", "strategies", "base_model subsets target"),
+    "subsets": (
+        "selection",
+        "parquet pytorch",
+        "strategies",
+        "base_model settings sketches target",
+    ),
+    "checkpoints": ("finetuning", "pytorch", "strategies", "base_model subsets target training"),
     "metrics": ("finetuning", "mlflow pytorch", "strategies", "checkpoints target"),
-    "verdict": ("comparison", "mlflow python", None, "metrics"),
+    "verdict": ("comparison", "mlflow python", None, "metrics rule"),
 }
 
 
@@ -91,7 +96,7 @@ def test_every_sql_file_is_an_asset_and_nothing_else_is(defs: dg.Definitions) ->
     models = {path.stem for name in ("staging", "marts") for path in (SQL / name).glob("*.sql")}
     graph = defs.resolve_asset_graph()
     assert {key.to_user_string() for key in graph.get_all_asset_keys()} == {
-        f"tiny/{name}" for name in ASSETS.keys() | models
+        f"tiny/{name}" for name in ASSETS.keys() | models | {"settings", "training", "rule"}
     }
     for model in models:
         assert graph.get(dg.AssetKey(["tiny", model])).group_name == "comparison"
@@ -124,7 +129,9 @@ def test_blocking_checks(defs: dg.Definitions) -> None:
         "sketches/keeps_inner_products": True,
         "sketches/fit": True,
         "hessian_spectrum/dimension_is_enough": False,
+        "gradients/finite": False,
         "subsets/more_than_chance": False,
+        "subsets/covers": False,
         "subsets/weights_hold": False,
         "metrics/complete": True,
     }

@@ -1,0 +1,88 @@
+"""What the task's file declares, as assets that Dagster observes: they tell it what is stale.
+
+A changed setting of one strategy makes that strategy's subsets stale and no other's; a changed
+training every checkpoint; a changed rule the verdict.
+"""
+
+import warnings
+
+import dagster as dg
+
+from dsel_assets.assets.declare import key, strategy_partitions
+from dsel_assets.resources.store import identity
+from dsel_assets.task import Task
+
+DATA_VERSION = "dagster/data_version"  # the tag under which Dagster keeps it
+
+
+def declared(task: Task) -> list[dg.SourceAsset | dg.AssetsDefinition]:
+    """The observed assets: `settings` by strategy, `training`, `rule`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+
+        @dg.observable_source_asset(
+            key=key(task, "settings"),
+            partitions_def=strategy_partitions(task),
+            group_name="selection",
+            tags={"dagster/kind/yaml": ""},
+            description="What the task's file says of a strategy, of budgets, seeds and quotas.",
+        )
+        def settings() -> dg.DataVersionsByPartition:
+            return dg.DataVersionsByPartition(settings_versions(task))
+
+        @dg.observable_source_asset(
+            key=key(task, "training"),
+            group_name="finetuning",
+            tags={"dagster/kind/yaml": ""},
+            description="What the task's file says of the finetuning.",
+        )
+        def training() -> dg.DataVersion:
+            return dg.DataVersion(identity(task.finetune.model_dump()))
+
+        @dg.observable_source_asset(
+            key=key(task, "rule"),
+            group_name="comparison",
+            tags={"dagster/kind/yaml": ""},
+            description="What the task's file says of the promotion.",
+        )
+        def rule() -> dg.DataVersion:
+            return dg.DataVersion(identity(task.promote.model_dump()))
+
+    return [settings, training, rule]
+
+
+def settings_versions(task: Task) -> dict[str, str]:
+    """The data version of each strategy's settings."""
+    common = {
+        "budgets": task.budgets,
+        "budget_in": task.budget_in,
+        "seeds": task.seeds,
+        "quotas": task.quotas,
+        "reselect": task.reselect,
+    }
+    return {
+        name: identity({"settings": task.settings(name), **common})
+        for name in task.strategies.chosen()
+    }
+
+
+def declare(task: Task, instance: dg.DagsterInstance) -> list[str]:
+    """Tell Dagster what is declared now, where it knows otherwise; says what that was."""
+    wanted: dict[tuple[str, str | None], str] = {
+        ("settings", name): version for name, version in settings_versions(task).items()
+    }
+    wanted["training", None] = identity(task.finetune.model_dump())
+    wanted["rule", None] = identity(task.promote.model_dump())
+    changed = []
+    for (name, partition), version in wanted.items():
+        which = dg.AssetRecordsFilter(key(task, name), [partition] if partition else None)
+        last = instance.fetch_observations(which, limit=1).records
+        known = last[0].asset_observation if last else None
+        if known is None or known.tags.get(DATA_VERSION) != version:
+            instance.report_runless_asset_event(
+                dg.AssetObservation(
+                    key(task, name), partition=partition, tags={DATA_VERSION: version}
+                )
+            )
+            changed.append(f"{name} {partition}" if partition else name)
+    return changed

@@ -1,0 +1,74 @@
+"""What is planned: only what is missing, in the right numbers; and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from dsel_assets.pipeline import run
+from dsel_assets.resources.store import StoreError
+from dsel_assets.steps.doctor import examine
+from dsel_assets.steps.plan import _line, last_plan, plan
+
+LEAN = {name: None for name in ("bads", "gradmatch", "target_only")}
+
+
+def test_everything_is_planned_then_made_then_nothing_is(lab: Any) -> None:
+    ws = lab.workspace(strategies=LEAN)
+    with pytest.raises(StoreError, match="no plan yet"):
+        last_plan(ws)
+    found = plan(ws)
+    assert not (lab.home / "store" / "tiny" / "pool").exists()
+    missing = {stage.name: stage.missing for stage in found.stages}
+    assert missing == {
+        "ingest": 120,
+        "sketch": 120,
+        "select random": 4,
+        "select full": 1,
+        "select skmm": 4,
+        "select itl": 2,
+        "finetune": 14,
+        "evaluate": 14,
+    }
+    assert found.rows == 120 and found.memory_mib > 100
+    assert all(stage.seconds > 0 and stage.mib > 0 for stage in found.stages)
+    assert all(stage.took_seconds is None for stage in last_plan(ws).stages)
+    run(ws)
+    made = last_plan(ws)
+    assert made.number == 1 and made.took_memory_mib is not None
+    for stage in made.stages:
+        assert stage.took_seconds is not None and stage.took_mib is not None
+        if stage.name in ("ingest", "sketch", "finetune", "evaluate"):
+            assert stage.took_mib / 3 < stage.mib < stage.took_mib * 3, asdict(stage)
+    again = plan(ws)
+    assert again.number == 2 and again.stages == []
+    changed = lab.workspace(strategies=LEAN | {"itl": {"noise": 0.5}})
+    assert {stage.name: stage.missing for stage in plan(changed).stages} == {
+        "select itl": 2,
+        "finetune": 4,
+        "evaluate": 4,
+    }
+    assert list(examine(ws)) == []
+
+
+def test_a_broken_file_is_not_planned_for(lab: Any) -> None:
+    path = lab.land("z.parquet", lab.rows(220, 250))
+    path.write_bytes(path.read_bytes()[:-100])
+    [ingest, *_] = plan(lab.workspace(strategies=LEAN)).stages
+    assert ingest.missing == 120
+
+
+def test_nothing_has_landed(lab: Any) -> None:
+    for path in lab.landing.iterdir():
+        path.unlink()
+    with pytest.raises(StoreError, match="nothing has landed"):
+        plan(lab.workspace())
+
+
+def test_lines() -> None:
+    assert _line(1, 3, 2, 5, 10) == pytest.approx(21)
+    assert _line(1, 3, 2, 5, 0) == 0
+    assert _line(1, 5, 2, 3, 10) == pytest.approx(15)  # noise: in proportion
+    assert _line(2, 1, 4, 4, 8) == pytest.approx(12)  # no negative fixed part
