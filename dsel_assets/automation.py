@@ -29,6 +29,8 @@ NOT_FINISHED = [
     dg.DagsterRunStatus.STARTED,
 ]
 
+MOST_TRIES = 9  # runs of one arrival, Dagster's own retries among them
+
 Job = Any  # what `define_asset_job` returns; dagster does not export the type
 Requests = Callable[[Task, Path], Iterator[dg.RunRequest | dg.SkipReason]]
 
@@ -48,6 +50,7 @@ def jobs(task: Task, models: list[str]) -> dict[str, Job]:
         | check("subsets", "more_than_chance")
         | check("subsets", "weights_hold")
         | check("subsets", "covers")
+        | check("verdict", "champion_holds")
     )
     said = {
         "ingest": "An arrival: validate it, differentiate it, sketch it. Nothing else is touched.",
@@ -104,10 +107,10 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
         done = context.instance.get_materialized_partitions(key(task, "sketches"))
         new = [a for a in arrivals(ws) if a.key not in done and a.key not in before["asked"]]
         requests = [
-            dg.RunRequest(partition_key=known.key, run_key=f"{known.key}-{known.digest}{back}")
+            dg.RunRequest(partition_key=known.key, run_key=run_key)
             for known in arrivals(ws)
             if known.key not in done
-            and ((back := _back(ws, known)) or (known in new and not _refused(ws, known)))
+            and (run_key := _run_key(context.instance, ws, known, known in new))
         ]
         asked = [known for known in before["asked"] if known not in done]
         cursor = {"seen": seen, "still": still, "asked": asked + [a.key for a in new]}
@@ -123,20 +126,29 @@ def arrival_sensor(task: Task, ingest: Job) -> dg.SensorDefinition:
     return arrival_sensor
 
 
-def _back(ws: Workspace, known: Arrival) -> str:
-    """A mark of the time at which an arrival's file was missed, if it is there again; else ""."""
-    from dsel_assets.steps.pool import missed
+def _run_key(instance: dg.DagsterInstance, ws: Workspace, known: Arrival, new: bool) -> str | None:
+    """The key of the run that an arrival needs now, or None; Dagster starts one run a key.
 
-    when = missed(ws, known)
-    return "" if when is None else f"-back-{when}"
+    A file that was missed and is back has a key of its own, and so has an arrival of which Dagster
+    has given up every run: it tries again those whose process died, but not for ever.
+    """
+    from dsel_assets.steps.pool import find_ingested, held_back, missed
 
-
-def _refused(ws: Workspace, known: Arrival) -> bool:
-    """Whether an arrival was read under today's settings and is held back."""
-    from dsel_assets.steps.pool import find_ingested, held_back
-
+    plain = f"{known.key}-{known.digest}"
+    if new and not ws.store.folder(ws.task.name, "pool").exists():
+        return plain
+    if (when := missed(ws, known)) is not None:
+        return f"{plain}-back-{when}"
     pool = find_ingested(ws, known)
-    return pool is not None and held_back(ws, pool) is not None
+    if pool is not None and held_back(ws, pool) is not None:
+        return None
+    if new:
+        return plain
+    of_it = {"dagster/partition": known.key}
+    runs = instance.get_runs(dg.RunsFilter(job_name=f"{ws.task.name}_ingest", tags=of_it))
+    died = all(run.status == dg.DagsterRunStatus.FAILURE for run in runs)  # nobody cancelled it
+    given_up = 0 < len(runs) < MOST_TRIES and died
+    return f"{plain}-again-{len(runs)}" if given_up else None
 
 
 def follow_sensor(

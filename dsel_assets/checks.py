@@ -215,6 +215,40 @@ def metrics_complete(task: Task) -> dg.AssetChecksDefinition:
     return complete
 
 
+def champion_holds(task: Task) -> dg.AssetChecksDefinition:
+    """A warning when the champion is no longer what the verdict would promote."""
+
+    @dg.asset_check(
+        asset=key(task, "verdict"),
+        name="champion_holds",
+        description="Validation still calls the champion's strategy better at its budget; a person "
+        "who promoted another one is shown as the reason. Without a champion it holds.",
+    )
+    def champion_holds(home: Home) -> dg.AssetCheckResult:
+        from dsel_assets.steps.champion import champion
+        from dsel_assets.steps.generation import current_generation
+        from dsel_assets.steps.verdict import find_verdict, said_of
+
+        ws = Workspace(task, home)
+        chosen, decided = champion(ws), find_verdict(ws, current_generation(ws))
+        if chosen is None or decided is None:
+            return dg.AssetCheckResult(passed=True, metadata={"champion": "none"})
+        said = said_of(decided, chosen["strategy"], chosen["budget"])
+        return dg.AssetCheckResult(
+            passed=said is not None and said["verdict"] == "better",
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={
+                "champion": f"{chosen['strategy']} at {chosen['budget']}",
+                "of_generation": chosen["generation"],
+                "promoted_by": chosen["by"],
+                "why": chosen.get("why", ""),
+                "validation_says": said["verdict"] if said else "it is not compared any more",
+            },
+        )
+
+    return champion_holds
+
+
 def checks(task: Task) -> list[dg.AssetChecksDefinition]:
     """All of them."""
     return [
@@ -224,4 +258,5 @@ def checks(task: Task) -> list[dg.AssetChecksDefinition]:
         covers(task),
         weights_hold(task),
         metrics_complete(task),
+        champion_holds(task),
     ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,10 +22,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-LEADERBOARD = """
-    select budget, strategy, mean, diff, diff_low, diff_high, verdict, select_seconds,
-           train_seconds, seeds
-    from leaderboard where task = ? and generation = ?
+BOARD = (
+    *("budget", "strategy", "mean", "diff", "diff_low", "diff_high", "verdict"),
+    *("select_seconds", "train_seconds", "seeds"),
+)
+LEADERBOARD = f"""
+    select {", ".join(BOARD)} from leaderboard where task = ? and generation = ?
     order by budget, mean desc
 """
 COLUMNS = (
@@ -53,6 +56,13 @@ def _telling() -> Iterator[None]:
             raise
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _quietly(wanted: bool) -> Iterator[None]:
+    """What is printed on the way goes to the standard error, so that JSON stands alone."""
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield
 
 
 def _workspace(task_file: Path) -> Workspace:
@@ -85,24 +95,58 @@ def run(
     quick: Annotated[
         bool, typer.Option(help="2 seeds, short training: to see that it runs, not to conclude.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Ingest what landed, select, finetune, compare; only what is missing is made."""
+    from dataclasses import asdict
+
     from dsel_assets.runner import dagster_instance, initialise
     from dsel_assets.runner import run as run_task
     from dsel_assets.task import shortened
 
     started = time.perf_counter()
-    with _telling():
+    with _telling(), _quietly(as_json):
         task = load_task(task_file)
         if quick:
             task = shortened(task)
         with dagster_instance() as instance:
             initialise(instance)
             outcome = run_task(task, instance)
+    if as_json:
+        rows = [dict(zip(BOARD, row, strict=True)) for row in board(task, outcome.generation)]
+        _print(asdict(outcome) | {"leaderboard": rows}, as_json, iter([]))
+        return
     if not outcome.runs:
         typer.echo("nothing to do: every arrival, selection, checkpoint and verdict is there")
     show_leaderboard(task, outcome.generation)
     typer.echo(f"{time.perf_counter() - started:.1f} s")
+
+
+@app.command()
+def ingest(
+    task_file: TaskFile = Path("tasks/digits.yaml"),
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files that are copied into the landing folder.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Validate, differentiate and sketch what has landed; nothing is selected."""
+    from dsel_assets.runner import dagster_instance, initialise
+    from dsel_assets.runner import ingest as ingest_files
+    from dsel_assets.steps.status import status as standing
+
+    with _telling(), _quietly(as_json):
+        task = load_task(task_file)
+        with dagster_instance() as instance:
+            initialise(instance)
+            ingest_files(task, instance, files or [])
+        found = standing(_workspace(task_file))
+    names = ("arrivals", "rows", "held_back")
+    lines = (f"{name}: {found[name]}" for name in names)
+    _print({name: found[name] for name in names}, as_json, lines)
 
 
 @app.command()
@@ -147,16 +191,17 @@ def _planned(found: dict[str, Any]) -> Iterator[str]:
 
 
 @app.command()
-def label(task_file: TaskFile) -> None:
+def label(task_file: TaskFile, as_json: Json = False) -> None:
     """Ask for the labels that say most: print where the next requests lie and who still waits."""
     from dsel_assets.runner import dagster_instance, initialise
     from dsel_assets.runner import label as ask_for_labels
 
-    with _telling():
+    with _telling(), _quietly(as_json):
         task = load_task(task_file)
         with dagster_instance() as instance:
             initialise(instance)
-            typer.echo(ask_for_labels(task, instance))
+            found = ask_for_labels(task, instance)
+    _print(found, as_json, iter([found.pop("said")]))
 
 
 @app.command()
@@ -303,12 +348,16 @@ def export(
     form: Annotated[
         Literal["parquet", "jsonl", "hf"], typer.Option("--as", help="hf: for `datasets`.")
     ] = "parquet",
+    as_json: Json = False,
 ) -> None:
     """Write a selection's rows for other tools, with a manifest."""
+    from dsel_assets.steps.export import MANIFEST
     from dsel_assets.steps.export import export as write
 
     with _telling():
-        typer.echo(write(_workspace(task_file), strategy, budget, seed, to, form))
+        folder = write(_workspace(task_file), strategy, budget, seed, to, form)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        _print({"folder": folder} | manifest, as_json, iter([str(folder)]))
 
 
 @app.command()
@@ -325,19 +374,25 @@ def doctor(task_file: TaskFile = Path("tasks/digits.yaml"), as_json: Json = Fals
     raise typer.Exit(1 if found else 0)
 
 
+def board(task: Task, generation: int) -> list[tuple[Any, ...]]:
+    """A generation's leaderboard, by the columns of BOARD."""
+    from dsel_assets.resources.warehouse import Warehouse
+    from dsel_assets.steps.workspace import home
+
+    with Warehouse(home() / "warehouse.duckdb").connect(read_only=True) as warehouse:
+        return warehouse.execute(LEADERBOARD, [task.name, generation]).fetchall()
+
+
 def show_leaderboard(task: Task, generation: int) -> None:
     """Print a generation's leaderboard and what became of the champion."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    from dsel_assets.resources.warehouse import Warehouse
     from dsel_assets.steps.champion import champion
     from dsel_assets.steps.workspace import Workspace, home
 
-    with Warehouse(home() / "warehouse.duckdb").connect(read_only=True) as warehouse:
-        rows = warehouse.execute(LEADERBOARD, [task.name, generation]).fetchall()
-    rule = task.promote
+    rows, rule = board(task, generation), task.promote
     table = Table(
         title=f"{task.name}: test accuracy, {rows[0][-1]} seeds, {rule.confidence:.0%} intervals",
         box=SIMPLE_HEAD,
@@ -362,12 +417,13 @@ def show_leaderboard(task: Task, generation: int) -> None:
         )
     console = Console(width=max(100, Console().width), highlight=False)
     console.print(table)
+    unit = "examples" if task.budget_in == "examples" else task.pool.columns.cost
     judged = [row for row in rows if row[0] == rule.budget and row[1] != rule.against]
     for answer in ("better", "worse", "no difference shown"):
         names = ", ".join(row[1] for row in judged if row[6] == answer)
         if names:
             console.print(
-                f"at {rule.budget} examples, {answer} than {rule.against}: {names}".replace(
+                f"at {rule.budget} {unit}, {answer} than {rule.against}: {names}".replace(
                     "no difference shown than", "no difference shown to"
                 )
             )
@@ -378,7 +434,7 @@ def show_leaderboard(task: Task, generation: int) -> None:
         )
     else:
         console.print(
-            f"champion, by validation: {chosen['strategy']} at {chosen['budget']} "
+            f"champion, by {chosen['by']}: {chosen['strategy']} at {chosen['budget']} "
             f"(generation {chosen['generation']}, selection {chosen['selection']})"
         )
 

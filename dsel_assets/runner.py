@@ -7,8 +7,10 @@ that have something to do. Interrupted, the same call goes on where it stopped.
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from filelock import FileLock
@@ -19,12 +21,13 @@ from dsel_assets.build import build
 from dsel_assets.resources.store import StoreError, alive
 from dsel_assets.resources.tracking import Tracking, best_effort
 from dsel_assets.resources.warehouse import Warehouse
-from dsel_assets.steps.arrivals import arrivals, landed, register
+from dsel_assets.steps.arrivals import arrivals, deliver, landed, register
 from dsel_assets.steps.workspace import Workspace, home
 from dsel_assets.task import Task
 
 ROOT = Path(__file__).parent.parent
 LOGGED = "mlflow"  # the metadata that an asset has once its runs are in MLflow
+BEGUN = 180  # seconds in which the process of a run begins, or ends
 SILENT = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}  # what failed is said here
 
 
@@ -77,6 +80,10 @@ def end_leftovers(instance: dg.DagsterInstance) -> None:
         pids = [event.pid for event in events if event is not None and event.pid is not None]
         if pids and not alive(pids[-1]):
             instance.report_run_failed(run, f"Its process {pids[-1]} was killed.")
+    stuck = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING])
+    for record in instance.get_run_records(stuck):
+        if time.time() - record.update_timestamp.timestamp() > BEGUN:
+            instance.report_run_failed(record.dagster_run, "Its process never began.")
 
 
 def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
@@ -116,7 +123,22 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
     return Outcome(jobs.runs, held_back, generation.number)
 
 
-def label(task: Task, instance: dg.DagsterInstance) -> str:
+def ingest(task: Task, instance: dg.DagsterInstance, files: Sequence[Path] = ()) -> list[str]:
+    """Ingest what has landed, these files among it; the arrivals that are held back.
+
+    A file is copied into the landing folder under its own name; FileExistsError where another of
+    that name lies there, StoreError where the landing folder is not on this machine.
+    """
+    jobs = _Jobs(task, instance)
+    jobs.ws.prepare()
+    for file in files:
+        deliver(jobs.ws, file)
+    if not jobs.register():
+        raise StoreError(f"{jobs.ws.landing}: no .parquet, .jsonl or .jsonl.gz file has landed yet")
+    return jobs.ingest()
+
+
+def label(task: Task, instance: dg.DagsterInstance) -> dict[str, Any]:
     """Ingest what landed, then ask for labels if it is time; say where things are."""
     from dsel_assets.steps.labelling import requests_file, standing
 
@@ -128,12 +150,18 @@ def label(task: Task, instance: dg.DagsterInstance) -> str:
     if failed := jobs.execute("label"):
         raise RuntimeError(f"{task.name}: asking for labels failed: {failed}")
     now = standing(jobs.ws)
-    return (
-        f"round {len(now.rounds)}: {len(now.waiting)} rows wait for their label, "
-        f"{len(now.labelled)} have theirs\n"
-        f"requests: {requests_file(now.rounds[-1])}\n"
-        f"labelled rows go into {jobs.ws.landing}"
-    )
+    found = {
+        "round": len(now.rounds),
+        "waiting": len(now.waiting),
+        "labelled": len(now.labelled),
+        "requests": str(requests_file(now.rounds[-1])),
+        "landing": jobs.ws.landing,
+    }
+    return found | {
+        "said": f"round {found['round']}: {found['waiting']} rows wait for their label, "
+        f"{found['labelled']} have theirs\n"
+        f"requests: {found['requests']}\nlabelled rows go into {found['landing']}"
+    }
 
 
 class _Jobs:

@@ -27,6 +27,12 @@ NEED_TARGET = (
 )
 
 
+OURS = (  # columns of tables that a column of the data must not be taken for
+    *("id", "example_id", "row", "content_digest", "label", "group", "source", "arrival"),
+    *("rank", "weight", "strategy", "input"),
+)
+
+
 class TaskError(ValueError):
     """A task file that can't be used: the message names file, key and what is allowed."""
 
@@ -610,6 +616,14 @@ class Task(_Spec):
 
     def _check_spending(self) -> None:
         schema = self.pool.columns
+        own = [n for n in (schema.cost, *schema.keep) if n is not None]
+        fixed = {schema.input, schema.label, schema.group, schema.id, *OURS}
+        for name in own:
+            if name in fixed or own.count(name) > 1:
+                raise ValueError(
+                    f"pool.schema.cost, keep: {name!r} is used already, or is a name of ours; the "
+                    "label's and the group's column need not be kept"
+                )
         if self.budget_in == "cost" and schema.cost is None:
             raise ValueError("budget_in: cost needs pool.schema.cost, the column with it")
         if self.budget_in == "cost" and self.quotas:

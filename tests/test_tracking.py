@@ -237,9 +237,15 @@ def test_the_link_leads_to_the_experiment(
     tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = tracking._client.get_experiment_by_name("race").experiment_id
-    assert tracking.url("race") == f"http://127.0.0.1:5000/#/experiments/{number}/runs?workflowType=machine_learning"
+    assert (
+        tracking.url("race")
+        == f"http://127.0.0.1:5000/#/experiments/{number}/runs?workflowType=machine_learning"
+    )
     monkeypatch.setenv("DSEL_MLFLOW_UI", "https://mlflow.example.org/")
-    assert tracking.url("race") == f"https://mlflow.example.org/#/experiments/{number}/runs?workflowType=machine_learning"
+    assert (
+        tracking.url("race")
+        == f"https://mlflow.example.org/#/experiments/{number}/runs?workflowType=machine_learning"
+    )
 
 
 def test_artifacts_lie_under_the_home_whatever_the_working_directory(

@@ -16,11 +16,11 @@ left join sizes as s on s.task = c.task and s.selection = c.selection
 where not c.whole
     and (
         (
-            c.budget_in = 'examples'
+            coalesce(c.budget_in, 'examples') = 'examples'
             and coalesce(s.examples, 0) > least(c.budget, coalesce(p.examples, 0))
         )
         or (
-            c.budget_in = 'examples'
+            coalesce(c.budget_in, 'examples') = 'examples'
             and coalesce(s.examples, 0) < least(c.budget, coalesce(p.examples, 0))
             and not c.stopped
         )

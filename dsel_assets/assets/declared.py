@@ -12,6 +12,8 @@ from dsel_assets.assets.declare import key, strategy_partitions
 from dsel_assets.resources.store import identity
 from dsel_assets.task import Task
 
+WHOLE = ("full", "target_only", "bads_joint")  # as `selection.STRATEGIES` has it, which loads torch
+WARM = ("skmm", "bads", "bads_joint")
 DATA_VERSION = "dagster/data_version"  # the tag under which Dagster keeps it
 
 
@@ -53,17 +55,16 @@ def declared(task: Task) -> list[dg.SourceAsset | dg.AssetsDefinition]:
 
 def settings_versions(task: Task) -> dict[str, str]:
     """The data version of each strategy's settings."""
-    common = {
-        "budgets": task.budgets,
-        "budget_in": task.budget_in,
-        "seeds": task.seeds,
-        "quotas": task.quotas,
-        "reselect": task.reselect,
-    }
-    return {
-        name: identity({"settings": task.settings(name), **common})
-        for name in task.strategies.chosen()
-    }
+    common = {"budgets": task.budgets, "budget_in": task.budget_in, "quotas": task.quotas}
+    found = {}
+    for name in task.strategies.chosen():
+        what = {"settings": task.settings(name), "seeds": task.seeds}
+        if name not in WHOLE:
+            what |= common
+        if name in WARM:
+            what["reselect"] = task.reselect
+        found[name] = identity(what)
+    return found
 
 
 def declare(task: Task, instance: dg.DagsterInstance) -> list[str]:

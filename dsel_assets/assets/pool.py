@@ -43,6 +43,7 @@ def pool(task: Task) -> dg.AssetsDefinition:
         ws = Workspace(task, home)
         entry = ingest(ws, context.partition_key)
         summary = entry.summary
+        details = summary.get("details", summary["reasons"])
         why = held_back(ws, entry)
         leaked = summary["reasons"].get(LEAK, 0)
         return result(
@@ -53,9 +54,7 @@ def pool(task: Task) -> dg.AssetsDefinition:
                 "rows_seen": summary["seen"],
                 "duplicates": summary["duplicates"],
                 "quarantined": summary["quarantined"],
-                "quarantine": table(
-                    [{"rows": n, "reason": why} for why, n in summary["details"].items()]
-                ),
+                "quarantine": table([{"rows": n, "reason": why} for why, n in details.items()]),
                 "undeclared_columns": ", ".join(summary["undeclared_columns"]) or "none",
                 "held_back": why or "no",
                 "classes": table([summary["classes"]] if summary["classes"] else []),
@@ -68,9 +67,7 @@ def pool(task: Task) -> dg.AssetsDefinition:
                     metadata={
                         "quarantined": summary["quarantined"],
                         "why": why or "fine",
-                        "reasons": "; ".join(
-                            f"{n} rows: {r}" for r, n in summary["details"].items()
-                        ),
+                        "reasons": "; ".join(f"{n} rows: {r}" for r, n in details.items()),
                     },
                 ),
                 dg.AssetCheckResult(

@@ -46,7 +46,6 @@ SOURCES: Mapping[str, Mapping[str, str]] = {
         "label_name": "varchar",
         "source": "varchar",
         "content_digest": "varchar",
-        "cost": "double",
     },
     "quarantine": {
         "task": "varchar",

@@ -347,7 +347,12 @@ class Bads(Selector):
         )
 
     def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+        self,
+        pool: Examples,
+        target: Examples | None,
+        ids: NDArray[np.str_],
+        n: int,
+        state: State,
     ) -> float | None:
         """Mean weight of these ids as the chains ended; a weight network keeps none."""
         known = np.isin(state["ids"], ids)

@@ -49,11 +49,10 @@ class Gradmatch(Selector):
         """The n picks in order: the score of each, the class that took it, the nearest target."""
         assert target is not None and pool.sketches is not None and target.sketches is not None
         groups = target.labels if self.round_robin else np.zeros_like(target.labels)
-        scores = attribution(
-            pool.sketches, target.sketches, how=self.how, damping=self.damping, groups=groups
-        )
+        sketches, targets = (s.reshape(len(s), -1) for s in (pool.sketches, target.sketches))
+        scores = attribution(sketches, targets, how=self.how, damping=self.damping, groups=groups)
         rows, columns = _in_turns(scores, n)
-        cosines = attribution(pool.sketches[rows], target.sketches)
+        cosines = attribution(sketches[rows], targets)
         found = scores[rows, columns]
         taker = {"taken_by": np.unique(groups)[columns]} if self.round_robin else {}
         return Choice(

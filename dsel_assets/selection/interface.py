@@ -6,7 +6,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Flag, auto
 from pathlib import Path
 from typing import Any, ClassVar
@@ -129,11 +129,17 @@ class Selector(ABC):
         return rows
 
     def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+        self,
+        pool: Examples,
+        target: Examples | None,
+        ids: NDArray[np.str_],
+        n: int,
+        state: State,
     ) -> float | None:
         """How good these ids of the pool are, whoever chose them, by what this strategy aims at.
 
-        state: that of its selection from this pool. None where it has no such number.
+        n, state: size and state of its own selection from this pool, so that other ids are judged
+        by the same measure. None where it has no such number.
         """
         return None
 
@@ -241,7 +247,7 @@ class Selector(ABC):
                 )
             rest = rest[costs[rest] <= left]  # the others never fit
             choice = self._within_cost(pool.take(rest), costs[rest], left, choose)
-            n = len(choice.rows)
+            n = len(choice.rows) + choice.stopped
         rows = np.concatenate([first, rest[choice.rows]])
         fewer = choice.stopped and len(choice.rows) < n
         if len(np.unique(rows)) != len(rows) or (len(choice.rows) != n and not fewer):
@@ -273,30 +279,33 @@ class Selector(ABC):
     ) -> Choice:
         """The largest choice that the limit pays for: it ends before the first that does not fit.
 
-        A nested strategy's is found in two or three tries. Of others, whose larger choice is not
-        the smaller one and more, a few sizes near the limit are tried.
+        Of a nested strategy's ranking that is the longest beginning. Of others, whose larger choice
+        is not the smaller one and more, a few sizes near the limit are tried.
         """
         most = int(np.searchsorted(np.cumsum(np.sort(costs)), limit, side="right"))
         best, low, high = choose(pool, 0), 0, most + 1
         size = min(most, int(1.25 * limit / max(costs.mean(), 1e-300)) + 1) if most else 0
-        tries = 0
-        while high - low > 1 and (tries < TRIES or low == 0):
+        tries, spent_before = 0, None
+        while high - low > 1 and (self.nested or tries < TRIES or low == 0):
             tries += 1
             found = choose(pool, size)
+            # later tries rest on work that the first one did within this call
+            spent_before = found.spent if spent_before is None else spent_before
             spent = np.cumsum(costs[found.rows])
             fits = int(np.searchsorted(spent, limit, side="right"))
             if fits == len(found.rows):
                 best, low = found, size
                 if found.stopped and len(found.rows) < size:
-                    break
+                    return replace(best, spent=spent_before)
             else:
                 high = fits + 1 if self.nested else size
             if self.nested and fits < size:
                 size = fits
             else:
                 guess = int(size * limit / spent[-1]) if spent[-1] > 0 else most
-                size = min(max(guess, low + 1), high - 1)
-        return best
+                grown = 2 * size if self.nested else low + 1
+                size = min(max(guess, grown, low + 1), high - 1)
+        return replace(best, spent=spent_before or 0.0, stopped=False)
 
     def _strata(
         self, pool: Examples, first: Ints, size: int, constraints: Constraints

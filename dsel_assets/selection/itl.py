@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.acquisition import RULES, Rule
-from dsel_assets.selection.arrays import CHUNK, as_rows, chunks, directions
+from dsel_assets.selection.arrays import CHUNK, as_rows, chunks
 from dsel_assets.selection.interface import Choice, Needs, Selector, State
 from dsel_assets.selection.kernels import Kernel, Linear, make_kernel
 from dsel_assets.selection.nearest import nearest
 from dsel_assets.selection.posterior_trackers import Posterior, Start, follow
+from dsel_assets.selection.similarity import centred
 from dsel_assets.selection.strata import Strata
 
 Array = NDArray[Any]
@@ -444,8 +445,9 @@ class Itl(Selector):
         `displaced` the ids of the candidates that it made redundant, those that lost most first.
         With `until` there may be fewer picks than the budget allows.
         """
-        candidates, targets, kernel = *_seen(pool, target), make_kernel(self.kernel)
         assert target is not None
+        candidates, targets = centred(pool, target)
+        kernel = make_kernel(self.kernel)
         found = select_informative(
             candidates,
             targets,
@@ -489,13 +491,19 @@ class Itl(Selector):
         )
 
     def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+        self,
+        pool: Examples,
+        target: Examples | None,
+        ids: NDArray[np.str_],
+        n: int,
+        state: State,
     ) -> float:
         """Nats that noisy observations at these ids tell about noisy ones at the targets.
 
         Whatever the rule is: it is the sum of the gains, in any order (chain rule).
         """
-        candidates, targets = _seen(pool, target)
+        assert target is not None
+        candidates, targets = centred(pool, target)
         kernel, rows = make_kernel(self.kernel), candidates[np.isin(pool.ids, ids)]
         noise = self._noise(candidates) or float(kernel.diagonal(candidates).mean())
         parts = rows, targets, np.concatenate([rows, targets])
@@ -505,13 +513,6 @@ class Itl(Selector):
     def _noise(self, candidates: Array) -> float | None:
         # equal rows say nothing and have no norm to take the noise from: any noise will do
         return self.noise if self.noise or candidates.any() else 1.0
-
-
-def _seen(pool: Examples, target: Examples | None) -> tuple[Array, Array]:
-    """Sketches of pool and target, centred on the pool and of unit norm."""
-    assert target is not None and pool.sketches is not None and target.sketches is not None
-    centre = pool.sketches.mean(0, dtype=np.float64)
-    return directions(pool.sketches, centre), directions(target.sketches, centre)
 
 
 def _log_determinant(kernel: Kernel, rows: Array, noise: float) -> float:

@@ -28,11 +28,11 @@ DECIMALS = 12  # of a cosine: what is below is rounding, and would order equal r
 def centred(pool: Examples, *others: Examples) -> list[NDArray[np.float32]]:
     """Sketches [., D] of the pool and of others, centred on the pool's mean, then of unit norm.
 
-    Rows at the mean become zeros.
+    Several rows an example, [., k, D], become one. Rows at the mean become zeros.
     """
-    assert pool.sketches is not None
-    centre = pool.sketches.mean(0, dtype=np.float64)
-    return [directions(np.asarray(part.sketches), centre) for part in (pool, *others)]
+    rows = [np.asarray(part.sketches).reshape(len(part), -1) for part in (pool, *others)]
+    centre = rows[0].mean(0, dtype=np.float64)
+    return [directions(part, centre) for part in rows]
 
 
 def mean_cosine(candidates: ArrayLike, targets: ArrayLike) -> Floats:

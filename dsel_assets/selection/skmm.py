@@ -148,7 +148,7 @@ class Skmm(Selector):
             )
             scores = {"probability": weights[rows]}
             how = {
-                "objective": match.objective,
+                "moment_objective": match.objective,
                 "optimality": match.optimality,
                 "iterations": match.iterations,
                 "effective_support": match.support,
@@ -164,11 +164,16 @@ class Skmm(Selector):
         )
 
     def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], state: State
+        self,
+        pool: Examples,
+        target: Examples | None,
+        ids: NDArray[np.str_],
+        n: int,
+        state: State,
     ) -> float:
         """Distance of their moment from the pool's: `trace_score` of `compare_moments`."""
         assert pool.sketches is not None
-        blocks = as_blocks(reduce_sketches(pool.sketches, len(ids), self.dimension), "sketches")
+        blocks = as_blocks(reduce_sketches(pool.sketches, n, self.dimension), "sketches")
         chosen = blocks[np.isin(pool.ids, ids)]
         return compare_moments(chosen, second_moment(blocks), len(blocks))["trace_score"]
 

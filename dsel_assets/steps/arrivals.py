@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dsel_assets.data.readers import file_digest
-from dsel_assets.resources.store import write_json
+from dsel_assets.resources.store import StoreError, write_json
 from dsel_assets.steps.workspace import Workspace
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
@@ -97,6 +99,27 @@ def register(ws: Workspace, file: Landed) -> Arrival | None:
         entered = Arrival(key, file.path, digest, file.size, 1 + len(known))
         write_json(ledger / f"{key}.json", asdict(entered))
     return entered
+
+
+def deliver(ws: Workspace, file: Path) -> None:
+    """Copy a file into the landing folder: under a name that nobody reads, then renamed."""
+    folder = Path(ws.landing)
+    if "://" in ws.landing:
+        raise StoreError(f"{ws.landing} is not a folder of this machine; put {file} there yourself")
+    if not file.name.lower().endswith(ENDINGS):
+        raise StoreError(f"{file}: its name must end in {', '.join(ENDINGS)}")
+    to = folder / file.name
+    if to.exists():
+        if file_digest(str(to)) == file_digest(str(file)):
+            return
+        raise FileExistsError(f"{to} is there already with other content; rename {file}")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = to.with_name(f".{to.name}.part-{os.getpid()}")
+    try:
+        shutil.copyfile(file, part)
+        part.rename(to)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def is_new(known: Sequence[Arrival], file: Landed) -> bool:

@@ -21,6 +21,8 @@ from dsel_assets.steps.spending import spending_fields
 from dsel_assets.steps.warm import COLD, origins
 from dsel_assets.steps.workspace import Workspace
 
+BACK = 5  # generations that are looked through for an earlier selection
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -107,7 +109,7 @@ def cell_at(ws: Workspace, generation: Generation, strategy: str, budget: int, s
 
 def selection_before(ws: Workspace, generation: Generation, cell: Cell) -> Entry | None:
     """The cell's selection in the last generation before that has it, under today's settings."""
-    for number in range(generation.number - 1, 0, -1):
+    for number in range(generation.number - 1, max(0, generation.number - 1 - BACK), -1):
         other = cell_at(ws, generation_at(ws, number), cell.strategy, cell.budget, cell.seed)
         if entry := ws.store.find(ws.task.name, "subsets", other.selection):
             return entry

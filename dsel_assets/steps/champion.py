@@ -40,8 +40,8 @@ def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] |
     """Make this selection the champion, if it is not; returns the champion there is.
 
     chosen has `strategy`, `budget`, `generation`, `selection`, `checkpoint`, `evidence` and
-    `verdict`. What a verdict promoted and somebody rolled back, that verdict promotes no more;
-    a person may.
+    `verdict`. What a verdict promoted and somebody rolled back, that verdict promotes no more,
+    nor does it where a person who knew it promoted another one. A person may insist.
     """
     with _locked(ws):
         now = champion(ws)
@@ -51,7 +51,9 @@ def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] |
             and all(line[k] == chosen[k] for k in ("selection", "verdict"))
             for line in history(ws)
         )
-        if not (same or taken_back):
+        by_hand = by == BY_VERDICT and now is not None and now["by"] != BY_VERDICT
+        outdone = by_hand and now is not None and now["verdict"] == chosen["verdict"]
+        if not (same or taken_back or outdone):
             _append(ws, {**chosen, "move": PROMOTED, "by": by, "when": _now()})
         return champion(ws)
 

@@ -13,7 +13,7 @@ from dsel_assets.finetuning import train
 from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry
 from dsel_assets.steps.cells import Cell, cells
-from dsel_assets.steps.generation import Generation, load_pool, load_target
+from dsel_assets.steps.generation import Generation, load_pool, training_target
 from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
 from dsel_assets.steps.parallel import each
 from dsel_assets.steps.workspace import Workspace
@@ -45,8 +45,7 @@ def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
     )
     parts, weights = [chosen], [subset["weight"].to_numpy()]
     if ws.task.finetune.include_target:
-        target = load_target(ws)  # without rows whose gradient is not finite: they spoil a model
-        assert target is not None
+        target = training_target(ws)
         parts.append(target)
         weights.append(np.ones(len(target)))
     spec = ws.task.finetune

@@ -53,13 +53,23 @@ def over_generations(
     """Means over the seeds of what each of the latest generations changed, under today's settings.
 
     kept, added, dropped, and where the strategy has an objective `objective_before` and
-    `objective`. Generations that lack a selection are passed over.
+    `objective`. Generations that lack a selection are passed over; a strategy that takes the whole
+    pool has no rows.
     """
-    rows, before = [], dict[Place, Entry]()
+    rows: list[dict[str, Any]] = []
+    before = dict[Place, Entry]()
+    if STRATEGIES[strategy].whole:
+        return rows
     for number in range(max(1, generation.number - LATEST), generation.number + 1):
         found = _chosen(ws, generation_at(ws, number), strategy)
         now = {place: entry for place, entry in found.items() if place[1] == budget}
-        pairs = [(before[place], now[place]) for place in now if place in before]
+        # seeds of a deterministic strategy share their selections
+        both = {
+            (before[place].identity, now[place].identity): (before[place], now[place])
+            for place in now
+            if place in before
+        }
+        pairs = list(both.values())
         if pairs:
             sets = [(set(chosen_ids(old)), set(chosen_ids(new))) for old, new in pairs]
             row: dict[str, Any] = {

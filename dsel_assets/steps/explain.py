@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,57 +134,74 @@ def cards(
     place |= dict(zip(pool.ids[where].tolist(), where.tolist(), strict=True))
     chosen = pool.take(np.array([place[row["example_id"]] for row in rows], np.int64))
     assert chosen.sketches is not None
-    near = _like(ws, chosen.sketches, target) if target is not None and rows else [[]] * len(rows)
     came, classes = arrival_of(ws, generation, chosen.ids.tolist()), ws.task.pool.columns.classes
-    return [
+    found = [
         {
             "rank": row["rank"],
             "example_id": row["example_id"],
             "class": classes[chosen.labels[i]],
             "source": str(chosen.groups[i]),
             "arrival": came[row["example_id"]],
-            **{f"nearest_{name}": value for name, value in (near[i] or [{}])[0].items()},
             **{name: value for name, value in row.items() if name not in NOT_A_SCORE},
         }
         for i, row in enumerate(rows)
     ]
+    if target is not None and rows:
+        label = dict(zip(target.ids.tolist(), target.labels.tolist(), strict=True))
+        for card, [nearest, *_] in zip(found, _like(ws, chosen.sketches, target), strict=True):
+            # a strategy that has its own measure of likeness is shown by that
+            card.setdefault("nearest_target", nearest["target"])
+            card.setdefault("nearest_cosine", nearest["cosine"])
+            card["nearest_label"] = classes[label[card["nearest_target"]]]
+    return found
 
 
-def inputs_of(ws: Workspace, generation: Generation, names: list[str]) -> list[NDArray]:
-    """Inputs of examples of the pool or the target set, in this order."""
+def _inputs(parts: Iterable[Examples], names: Sequence[str]) -> list[NDArray]:
+    """Inputs of examples by id, in this order; StoreError for one that is not there."""
     found: dict[str, NDArray] = {}
-    target = load_target(ws)
-    entries = (pool for pool, _, _ in members(ws, generation))
-    for examples in filter(None, (target, *map(load_examples, entries))):
+    for examples in parts:
         assert examples.inputs is not None
         for row in np.flatnonzero(np.isin(examples.ids, names)):
             found.setdefault(str(examples.ids[row]), examples.inputs[row])
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise StoreError(f"the pool does not hold {missing[0]}, so there is no picture of it")
     return [found[name] for name in names]
+
+
+def _pictured(ws: Workspace) -> bool:
+    """Whether inputs are images in grey or in colours."""
+    schema = ws.task.pool.columns
+    shape = tuple(schema.shape)
+    return schema.kind == "image" and (len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)))
 
 
 def portrait(ws: Workspace, example_id: str) -> bytes:
     """A picture of an example of the pool beside its nearest targets; StoreError for vectors."""
     from dsel_assets.evaluation.plots import gallery
 
-    if ws.task.pool.columns.kind != "image":
-        raise StoreError(f"{ws.task.name}: its inputs are vectors; there is no picture of them")
+    if not _pictured(ws):
+        raise StoreError(f"{ws.task.name}: its inputs are no images of one or three colours")
     generation = current_generation(ws, enter=False)
     near = _nearest(ws, generation, example_id)
-    images = inputs_of(ws, generation, [example_id, *(one["target"] for one in near)])
+    pools = (load_examples(pool) for pool, _, _ in members(ws, generation))
+    images = _inputs(pools, [example_id])
+    if (target := load_target(ws)) is not None:
+        images += _inputs([target], [one["target"] for one in near])
     titles = [example_id[:8], *(f"{one['label']}: {one['cosine']:.2f}" for one in near)]
     return gallery([images], [titles])
 
 
 def gallery_of(ws: Workspace, generation: Generation, rows: list[dict[str, Any]]) -> bytes | None:
-    """A picture of some cards above their nearest targets; None for vectors."""
+    """A picture of some cards above their nearest targets; None where inputs are no pictures."""
     from dsel_assets.evaluation.plots import gallery
 
-    if ws.task.pool.columns.kind != "image" or not rows:
+    if not _pictured(ws) or not rows:
         return None
-    picks = inputs_of(ws, generation, [row["example_id"] for row in rows])
+    picks = _inputs([load_pool(ws, generation)[0]], [row["example_id"] for row in rows])
     lines, titles = [picks], [[row["class"] for row in rows]]
-    if "nearest_target" in rows[0]:
-        lines.append(inputs_of(ws, generation, [row["nearest_target"] for row in rows]))
+    if (target := load_target(ws)) is not None:
+        lines.append(_inputs([target], [row["nearest_target"] for row in rows]))
         titles.append([f"{r['nearest_label']}: {r['nearest_cosine']:.2f}" for r in rows])
     return gallery(lines, titles)
 

@@ -9,15 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from dsel_assets.data import Examples, merge
+from dsel_assets.data import NON_FINITE_GRADIENT, Examples, merge
 from dsel_assets.resources.store import Entry, StoreError, identity, write_json
 from dsel_assets.steps.arrivals import arrivals
-from dsel_assets.steps.pool import evaluation_set, held_back, pool_fields
+from dsel_assets.steps.pool import evaluation_set, held_back, load_examples, pool_fields
 from dsel_assets.steps.sketches import find_sketched, load_sketched, sketch, sketch_space
 from dsel_assets.steps.workspace import Workspace
 
@@ -133,6 +134,18 @@ def load_target(ws: Workspace) -> Examples | None:
         return None
     target = evaluation_set(ws, "target")
     return load_sketched(ws, sketch(ws, target).sketches, target)
+
+
+def training_target(ws: Workspace) -> Examples:
+    """The target set as finetuning reads it: without rows that would spoil a model.
+
+    Their gradient is not finite; one that is zero does no harm.
+    """
+    entry = evaluation_set(ws, "target")
+    examples = load_examples(entry)
+    refused = pq.read_table(sketch(ws, entry).gradients.file("quarantine.parquet")).to_pylist()
+    spoilt = [row["example_id"] for row in refused if row["reason"] == NON_FINITE_GRADIENT]
+    return examples.take(~np.isin(examples.ids, np.array(spoilt, np.str_)))
 
 
 def members(ws: Workspace, generation: Generation) -> Iterator[tuple[Entry, Entry, Entry]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,10 +26,10 @@ from tqdm import tqdm
 
 from dsel_assets.resources.store import MANIFEST, Entry, StoreError, write_json
 from dsel_assets.selection import STRATEGIES
-from dsel_assets.steps.arrivals import Landed, arrivals, landed, register
+from dsel_assets.steps.arrivals import Landed, arrivals, is_new, landed, register
 from dsel_assets.steps.cells import cells
 from dsel_assets.steps.checkpoints import finetune
-from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.generation import current_generation, load_pool
 from dsel_assets.steps.metrics import evaluate
 from dsel_assets.steps.pool import find_ingested, held_back, ingest
 from dsel_assets.steps.sketches import find_sketched, sketch
@@ -38,6 +39,7 @@ from dsel_assets.steps.workspace import Workspace
 ROWS = (100, 400)  # of the two samples
 STEPS = (20, 80)  # of a training in the probe, and of a strategy's own training
 MIB = 2**20
+BROKEN = (pa.ArrowInvalid, EOFError, OSError, zlib.error)
 KINDS = {"ingest": ("pool",), "sketch": ("gradients", "sketches")}
 TRAINED = {"finetune": "checkpoints", "evaluate": "metrics"}
 
@@ -76,15 +78,18 @@ def plan(ws: Workspace) -> Plan:
     """
     ws.check_files()
     ws.prepare()
-    files = [file.path for file in landed(ws)]
+    files = [file.path for file in landed(ws) if not _refused(ws, file)]
     if not files:
-        raise StoreError(f"{ws.task.name}: nothing has landed in {ws.landing} yet")
+        raise StoreError(f"{ws.task.name}: nothing usable has landed in {ws.landing} yet")
     waiting = sum(map(_rows_of, _waiting(ws)))
     rows = waiting + _rows_there(ws)
     with tempfile.TemporaryDirectory(prefix="dsel-plan-") as folder:
         # the first of three warms up what is loaded and compiled once
         _, *probes = [
-            _Probe(_sampled(ws, files, ROWS[i], STEPS[i], Path(folder) / str(number)))
+            _Probe(
+                _sampled(ws, files, ROWS[i], STEPS[i], Path(folder) / str(number)),
+                ws.task.budget_in == "cost",
+            )
             for number, i in enumerate(tqdm((0, 0, 1), desc="probe", leave=False))
         ]
         stages = [_by_row(name, probes, waiting) for name in KINDS]
@@ -123,23 +128,34 @@ def _folder(ws: Workspace) -> Path:
 
 def _waiting(ws: Workspace) -> Iterator[Landed]:
     """Files that are not ingested and sketched under today's settings."""
-    known = {one.path: one for one in arrivals(ws)}
+    every = arrivals(ws)
+    known = {one.path: one for one in every}
     for file in landed(ws):
-        pool = find_ingested(ws, known[file.path]) if file.path in known else None
+        if file.path not in known and not is_new(every, file):
+            continue  # a copy of what is known
+        pool = find_ingested(ws, known[file.path]) if not is_new(every, file) else None
         if pool is None or not (
             held_back(ws, pool) or pool.manifest["rows"] == 0 or find_sketched(ws, pool)
         ):
             yield file
 
 
+def _refused(ws: Workspace, file: Landed) -> bool:
+    """Whether a file was read and is held back."""
+    for one in arrivals(ws):
+        if one.path == file.path and (pool := find_ingested(ws, one)) is not None:
+            return held_back(ws, pool) is not None
+    return False
+
+
 def _rows_of(file: Landed) -> int:
-    with fsspec.open(file.path, "rb", compression="infer") as content:
-        if not file.path.lower().endswith(".parquet"):
-            return sum(1 for line in content if line.strip())
-        try:
+    try:
+        with fsspec.open(file.path, "rb", compression="infer") as content:
+            if not file.path.lower().endswith(".parquet"):
+                return sum(1 for line in content if line.strip())
             return int(pq.ParquetFile(content).metadata.num_rows)
-        except pa.ArrowInvalid:  # it will be held back
-            return 0
+    except BROKEN:  # it will be held back
+        return 0
 
 
 def _rows_there(ws: Workspace) -> int:
@@ -206,33 +222,37 @@ def _sampled(ws: Workspace, files: Sequence[str], rows: int, steps: int, folder:
 
 
 def _head(path: str, rows: int, to: Path) -> int:
-    """Copy the first rows of a file; how many there were. Of a broken Parquet file, none."""
-    with fsspec.open(path, "rb", compression="infer") as content:
-        if not path.lower().endswith(".parquet"):
-            lines = [line for line, _ in zip(content, range(rows), strict=False)]
-            to.with_suffix("" if to.suffix == ".gz" else to.suffix).write_bytes(b"".join(lines))
-            return len(lines)
-        try:
+    """Copy the first rows of a file; how many there were. Of a broken file, none."""
+    try:
+        with fsspec.open(path, "rb", compression="infer") as content:
+            if not path.lower().endswith(".parquet"):
+                lines = [line for line, _ in zip(content, range(rows), strict=False)]
+                to.with_suffix("" if to.suffix == ".gz" else to.suffix).write_bytes(b"".join(lines))
+                return len(lines)
             batch = next(pq.ParquetFile(content).iter_batches(batch_size=rows), None)
-        except pa.ArrowInvalid:
-            return 0
+    except BROKEN:
+        return 0
     if batch is not None:
         pq.write_table(pa.Table.from_batches([batch]), to)
     return 0 if batch is None else batch.num_rows
 
 
 class _Probe:
-    """The workflow on a sample: its artifacts tell what they took."""
+    """The workflow on a sample: its artifacts tell what they took.
 
-    def __init__(self, ws: Workspace) -> None:
+    cost: what an example costs on average, in the unit of the task's budgets.
+    """
+
+    def __init__(self, ws: Workspace, in_cost: bool) -> None:
         self._ws = ws
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             for file in landed(ws):
                 known = register(ws, file)
-                assert known is not None
+                if known is None:  # a copy of another
+                    continue
                 pool = ingest(ws, known.key)
-                if pool.manifest["rows"]:
+                if pool.manifest["rows"] and held_back(ws, pool) is None:
                     sketch(ws, pool)
             generation = current_generation(ws)
             self.selected = {}
@@ -242,7 +262,9 @@ class _Probe:
                 if strategy == "random":
                     finetune(ws, generation, strategy)
                     evaluate(ws, generation, strategy)
-        self.budgets = ws.task.budgets
+        self.budgets, column = ws.task.budgets, ws.task.pool.columns.cost
+        costs = None if column is None else load_pool(ws, generation)[0].columns[column]
+        self.cost = float(costs.mean()) if costs is not None and in_cost else 1.0
         self.rows = sum(entry.manifest["rows"] for entry in self._of("pool"))
 
     def _of(self, kind: str) -> list[Entry]:
@@ -289,22 +311,24 @@ def _selecting(
 ) -> Stage:
     """The selections of a strategy: the first of a seed, and others, which may share its work.
 
-    Those that train grow with the steps, not with the rows.
+    Those that train grow with the steps, not with the rows. Each quota is priced by one more
+    selection of the first seed, where the strategy has an objective.
     """
     small, large = probes
     selector, steps = STRATEGIES[strategy], ws.task.settings(strategy).get("steps")
-    sizes = small.budgets
+    sizes, quotas = small.budgets, sum(map(len, ws.task.quotas.values()))
     seconds, begun = 0.0, set[int]()
     for seed, budget in wanted:
         which = int(seed in begun)
         begun.add(seed)
-        n = min(budget, rows)
+        n = min(int(budget / large.cost), rows)
+        more = 1 + quotas if seed == 0 and selector.aim and not selector.whole else 1
         t1, t2 = (probe.selected[strategy][which] for probe in probes)
         if steps is not None:
-            seconds += _line(STEPS[0], t1, STEPS[1], t2, max(steps, STEPS[1]))
+            seconds += _line(STEPS[0], t1, STEPS[1], t2, max(steps, STEPS[1]))  # quotas share it
         else:
             w1, w2 = (selector.work(probe.rows, sizes[which]) for probe in probes)
-            seconds += _line(w1, t1, w2, t2, selector.work(rows, n))
+            seconds += more * _line(w1, t1, w2, t2, selector.work(rows, n))
     each = large.a_cell("subsets")[1]
     return Stage(f"select {strategy}", len(wanted), seconds, each * len(wanted))
 

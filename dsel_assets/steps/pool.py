@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from functools import lru_cache
@@ -57,11 +58,18 @@ def contract(ws: Workspace, labelled: bool = True, in_pool: bool = True) -> Cont
     )
 
 
+def _declared(ws: Workspace, in_pool: bool = True) -> dict[str, Any]:
+    """The schema as artifacts are known by it: costs and kept columns where there are any."""
+    found = ws.task.pool.columns.model_dump(mode="json")
+    own = {"cost": found.pop("cost"), "keep": found.pop("keep")}
+    return found | ({name: value for name, value in own.items() if value} if in_pool else {})
+
+
 def evaluation_set(ws: Workspace, split: str) -> Entry:
     """Target, validation or test. A row that does not meet the contract is an error here."""
     path = ws.source_path(split)
-    schema = ws.task.pool.columns.model_dump(mode="json")
-    fields = {"split": split, "file": digest_of(path), "contract": schema, "version": VERSION}
+    declared = _declared(ws, in_pool=False)
+    fields = {"split": split, "file": digest_of(path), "contract": declared, "version": VERSION}
     if entry := ws.store.find(ws.task.name, "target", fields):
         return entry
     asked = contract(ws, in_pool=False)
@@ -168,7 +176,7 @@ def pool_fields(ws: Workspace, known: Arrival) -> dict[str, Any]:
     return {
         "arrival": known.key,
         "file": known.digest,
-        "contract": ws.task.pool.columns.model_dump(mode="json"),
+        "contract": _declared(ws),
         "evaluation": {split: evaluation_set(ws, split).identity for split in ws.splits},
         "leak_similarity": ws.task.pool.leak_similarity,
         "version": VERSION,
@@ -214,8 +222,7 @@ def load_examples(entry: Entry) -> Examples:
     """The examples of an arrival or an evaluation set."""
     entry.file("rows.parquet"), entry.file("inputs.safetensors")
     fields = entry.manifest["fields"]
-    cost = fields["contract"]["cost"] if "arrival" in fields else None
-    return _load(str(entry.path), entry.identity, cost)
+    return _load(str(entry.path), entry.identity, fields["contract"].get("cost"))
 
 
 def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str, str]) -> None:
@@ -280,9 +287,17 @@ def _counts(values: list[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
+@lru_cache(maxsize=64)
+def _digest_as_of(path: str, size: int, modified: int) -> str:
+    return file_digest(path)
+
+
 def digest_of(path: str) -> str:
     """SHA-256 of a file; `UnreadableFileError` when it is not there."""
     try:
+        if "://" not in path:
+            status = os.stat(path)
+            return _digest_as_of(path, status.st_size, status.st_mtime_ns)
         return file_digest(path)
     except FileNotFoundError as error:
         raise UnreadableFileError(path, "it is not there (any more)") from error

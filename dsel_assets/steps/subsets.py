@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dsel_assets.data import Examples
 from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry, identity
-from dsel_assets.selection import STRATEGIES, Selection, Selector, make_selector
+from dsel_assets.selection import STRATEGIES, Needs, Selection, Selector, make_selector
 from dsel_assets.selection.guards import ALARMS
 from dsel_assets.steps.cells import Cell, cells, selection_before
 from dsel_assets.steps.generation import Generation, load_pool, load_target
@@ -46,7 +46,12 @@ def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
         if cell.identities["subsets"] in missing:
             missing.discard(cell.identities["subsets"])
             by_seed.setdefault(cell.seed, []).append(cell)
-    each(partial(_select, ws, generation, strategy), list(by_seed.values()), f"select {strategy}")
+    each(
+        partial(_select, ws, generation, strategy),
+        list(by_seed.values()),
+        f"select {strategy}",
+        threads=Needs.MODEL not in STRATEGIES[strategy].needs,
+    )
     return [ws.store.get(ws.task.name, "subsets", cell.selection) for cell in every]
 
 
@@ -87,7 +92,10 @@ def _write(
         chosen = select(constraints=constraints_of(ws, name, pool, n)[0])
 
         def objective(ids: NDArray[np.str_]) -> float | None:
-            return selector.objective(pool, target, ids, chosen.state) if len(ids) else None
+            there = ids[np.isin(ids, pool.ids)]
+            if len(there) == 0:
+                return None
+            return selector.objective(pool, target, there, len(chosen.ids), chosen.state)
 
         table = _table(ws, cell.identities["subsets"], chosen)
         pq.write_table(table, draft.path / "rows.parquet")

@@ -107,9 +107,8 @@ def promote_by_hand(
         )
     cell = cell_at(ws, generation, strategy, budget, seed)
     artifacts(ws, cell)
-    place = {"strategy": strategy, "budget": budget, "split": "validation"}
-    rows = (row for row in comparisons(decided) if place.items() <= row.items())
-    said = next(rows, {"verdict": f"nothing: {strategy} is what others are compared with"})
+    said = said_of(decided, strategy, budget)
+    said = said or {"verdict": f"nothing: {strategy} is what others are compared with"}
     if said["verdict"] != "better" and not why:
         raise StoreError(
             f"{ws.task.name}: of {strategy} at {budget} validation says: {said['verdict']}; "
@@ -118,6 +117,12 @@ def promote_by_hand(
     found = crown(ws, _reign(generation, cell, decided, said) | {"why": why}, by)
     assert found is not None
     return found
+
+
+def said_of(decided: Entry, strategy: str, budget: int) -> dict[str, Any] | None:
+    """What validation says of a strategy at a budget, if they were compared."""
+    place = {"strategy": strategy, "budget": budget, "split": "validation"}
+    return next((row for row in comparisons(decided) if place.items() <= row.items()), None)
 
 
 def _reign(

@@ -42,6 +42,8 @@ def origins(
     """
     first = next(iter(fields.values()))
     made_of = {name: first[name] for name in ("strategy", "version", "settings", "target", "space")}
+    if first["constraints"]:
+        made_of["constraints"] = first["constraints"]
     folder = ws.store.folder(ws.task.name, "warm") / f"{first['strategy']}-{identity(made_of)}"
     path = folder / f"{generation.number:06d}-{generation.identity}.json"
     names = {place: f"{place[0]} {place[1]}" for place in fields}

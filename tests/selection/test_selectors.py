@@ -1,5 +1,6 @@
 """What holds for every strategy, whatever it chooses by."""
 
+import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from dsel_assets.selection import (
     Needs,
     make_selector,
 )
+from dsel_assets.selection.baselines import Random
 
 ROWS, FEATURES, CLASSES, D = 40, 6, 3, 16
 CHOOSING = [name for name, selector in STRATEGIES.items() if not selector.whole]
@@ -160,6 +162,49 @@ def test_cost_budgets_at_their_ends(name):
         assert len(paid(name, 0).ids) == len(paid(name, 0.5).ids) == 0
         free = replace(PRICED, columns={"tokens": np.zeros(ROWS)})
         assert len(paid(name, 0, free).ids) == ROWS
+
+
+def test_a_nested_choice_ends_where_the_budget_does_however_costs_lie():
+    """Cheap rows behind dear ones: the first sizes that are tried are far too small."""
+    rows, order = 3000, Random()
+    pool = Examples(
+        ids=np.array([f"e{i:05d}" for i in range(rows)]),
+        labels=np.zeros(rows, np.int64),
+        groups=np.full(rows, ""),
+    )
+    ranked = order.select(pool, None, Budget(rows), seed=0).ids
+    place = dict(zip(ranked.tolist(), range(rows), strict=True))
+    at = np.array([place[one] for one in pool.ids])
+    costs = np.where(at < 10, 9.0, np.where(at < 2000, 0.0005, 5.0))
+    priced = replace(pool, columns={"tokens": costs})
+    found = order.select(priced, None, Budget(100, cost="tokens"), seed=0)
+    assert len(found.ids) == 2000 + int((100 - 90 - 1990 * 0.0005) // 5)
+    assert found.ids.tolist() == ranked[: len(found.ids)].tolist()
+
+
+def test_work_before_a_cost_budget_is_counted_once():
+    class Slow(Random):
+        name = "random"
+
+        def choose(self, pool, target, n, *, seed, warm):
+            found = super().choose(pool, target, n, seed=seed, warm=warm)
+            known = getattr(self, "known", False)
+            self.known = True
+            if not known:
+                time.sleep(0.2)
+            return replace(found, spent=0.2 if known else 0.0)
+
+    found = Slow().select(PRICED, None, Budget(60, cost="tokens"), seed=0)
+    assert 0.2 <= found.diagnostics["seconds"] < 0.35
+
+
+@reading(Needs.SKETCHES)
+def test_gradients_of_outputs_give_several_rows_an_example(name):
+    def several(examples):
+        return replace(examples, sketches=examples.sketches.reshape(len(examples), 2, D // 2))
+
+    found = select(name, 5, several(POOL), several(TARGET))
+    check(found, 5)
 
 
 @choosing

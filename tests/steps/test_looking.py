@@ -178,3 +178,30 @@ def test_each_kind_of_damage_is_found_and_named(done: Any) -> None:
     assert "no artifact knows" in found.pop(str(unknown / "notes.txt"))
     assert "killed" in found.pop(str(left))
     assert [problem for problem in found.values() if "manifest can't be read" in problem]
+
+
+def test_cards_name_the_nearest_targets_with_their_own_labels(seen: Any) -> None:
+    from dsel_assets.steps.explain import cards, gallery_of, portrait
+    from dsel_assets.steps.generation import load_target
+
+    ws = seen.workspace()
+    generation, target = current_generation(ws), load_target(ws)
+    label = dict(zip(target.ids.tolist(), target.labels.tolist(), strict=True))
+    for strategy in ("itl", "skmm", "bads", "random"):
+        entry = selection(ws, strategy)
+        rows = cards(ws, generation, entry, 4)
+        assert [row["example_id"] for row in rows] == chosen_ids(entry)[:4]
+        for row in rows:
+            assert row["nearest_label"] == str(label[row["nearest_target"]])
+            assert row["arrival"] in ("a", "b") and -1 <= row["nearest_cosine"] <= 1
+        picture = gallery_of(ws, generation, rows)
+        assert picture is not None and picture.startswith(b"\x89PNG")
+    name = chosen_ids(selection(ws, "itl"))[0]
+    near = explain(ws, name)["nearest"]
+    assert len(near) == 3 and near[0]["cosine"] >= near[1]["cosine"] >= near[2]["cosine"]
+    pool = load_pool(ws, generation)[0]
+    own = pool.sketches[pool.ids == name][0]
+    cosines = target.sketches @ own / np.linalg.norm(target.sketches, axis=1) / np.linalg.norm(own)
+    assert near[0]["cosine"] == pytest.approx(cosines.max(), abs=1e-5)
+    assert near[0]["target"] == target.ids[cosines.argmax()]
+    assert portrait(ws, name).startswith(b"\x89PNG")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
 from dataclasses import asdict
 from typing import Any
 
@@ -53,17 +55,22 @@ def test_everything_is_planned_then_made_then_nothing_is(lab: Any) -> None:
     assert list(examine(ws)) == []
 
 
-def test_a_broken_file_is_not_planned_for(lab: Any) -> None:
+def test_broken_files_and_copies_are_not_planned_for(lab: Any) -> None:
     path = lab.land("z.parquet", lab.rows(220, 250))
     path.write_bytes(path.read_bytes()[:-100])
+    packed = gzip.compress((lab.landing / "b.jsonl").read_bytes())
+    (lab.landing / "z.jsonl.gz").write_bytes(packed[:-20])
+    shutil.copy(lab.landing / "a.parquet", lab.landing / "y.parquet")
+    (lab.landing / "x.jsonl").touch(), (lab.landing / "w.jsonl").touch()
     [ingest, *_] = plan(lab.workspace(strategies=LEAN)).stages
-    assert ingest.missing == 120
+    # nothing is known yet, so that the copy counts
+    assert ingest.missing == 180
 
 
 def test_nothing_has_landed(lab: Any) -> None:
     for path in lab.landing.iterdir():
         path.unlink()
-    with pytest.raises(StoreError, match="nothing has landed"):
+    with pytest.raises(StoreError, match="nothing usable has landed"):
         plan(lab.workspace())
 
 

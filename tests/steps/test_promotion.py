@@ -8,7 +8,7 @@ import pytest
 
 from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.cells import cells
-from dsel_assets.steps.champion import champion, history, rollback
+from dsel_assets.steps.champion import champion, crown, history, rollback
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.verdict import compare, promote, promote_by_hand, verdict_identity
 
@@ -187,3 +187,18 @@ def test_a_person_promotes_with_a_reason(done: Any) -> None:
             promote_by_hand(ws, *wrong, "me", "why")
     with pytest.raises(StoreError, match="not compared yet"):
         promote_by_hand(done.workspace(seeds=3), "itl", 10, 0, "me", "why")
+
+
+def test_a_verdict_that_a_person_overruled_stays_overruled(done: Any) -> None:
+    ws = done.workspace()
+    generation = current_generation(ws)
+    found = compare(ws, generation)
+    rows = [{"strategy": "itl", "verdict": "better"}]
+    by_verdict = promote(ws, generation, decided(ws, *rows))
+    assert by_verdict is not None and by_verdict["strategy"] == "itl"
+    chosen = promote_by_hand(ws, "skmm", 10, 0, "me", "I know better")
+    again = {**by_verdict, "verdict": chosen["verdict"]}
+    assert chosen["verdict"] == found.identity
+    assert crown(ws, again, "verdict") == chosen  # the same verdict, run once more
+    other = promote(ws, generation, decided(ws, *rows))  # another verdict may promote
+    assert other is not None and other["strategy"] == "itl"

@@ -97,13 +97,16 @@ def test_quotas_are_kept_to_and_priced(lab: Any, quotas: Any, expected: Any) -> 
             if cell.budget != 10:
                 continue
             found = Counter(values[np.isin(pool.ids, chosen_ids(entry))].tolist())
-            short = {row["value"]: row["short"] for row in quota_rows(entry)}
-            for value, count in expected.items():
-                assert found[value] == count - short.get(value, 0) or short
+            assert not any(row["short"] for row in quota_rows(entry))
+            assert {value: found[value] for value in expected} == expected
             assert len(quota_rows(entry)) == (
                 len(quotas[column]) if cell.seed == 0 or strategy == "itl" else 0
             )
-    assert [e.summary["objective"] for e in select(free, current_generation(free), "itl")]
+    for bound, loose in zip(
+        select(ws, generation, "itl"), select(free, current_generation(free), "itl"), strict=True
+    ):
+        # the greedy choice without quotas is not always the better one, but nearly
+        assert bound.summary["objective"] < loose.summary["objective"] * 1.02
     [entry, *_] = select(ws, generation, "itl")
     for row in quota_rows(entry):
         assert row["objective"] == pytest.approx(entry.summary["objective"])

@@ -288,3 +288,33 @@ def test_what_follows_a_run(ran: Any, instance: Any) -> None:
         {},
         "runs of tiny_ingest are not done yet",
     )
+
+
+def test_an_arrival_whose_runs_all_died_is_asked_for_again_but_not_for_ever(
+    sensor: Sensor,
+) -> None:
+    sensor.tick()
+    keys = {sensor.tick()["a"]}
+    job = sensor.defs.resolve_job_def("tiny_ingest")
+    for _ in range(12):
+        run = sensor.instance.create_run_for_job(job, tags={"dagster/partition": "a"})
+        assert sensor.tick() == {}  # it is waited for
+        sensor.instance.report_run_failed(run)
+        again = sensor.tick()
+        assert again.keys() <= {"a"}
+        keys |= set(again.values())
+    assert len(keys) == 9
+
+
+def test_runs_that_never_began_hold_up_nothing(
+    lab: Any, instance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsel_assets import runner
+
+    job = definitions(lab.task()).resolve_job_def("tiny_ingest")
+    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING)
+    runner.end_leftovers(instance)
+    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.STARTING
+    monkeypatch.setattr(runner, "BEGUN", -1)
+    runner.end_leftovers(instance)
+    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE

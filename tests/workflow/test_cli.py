@@ -41,6 +41,9 @@ def test_status_explain_export_and_doctor(done: Any, task_file: Any) -> None:
     to = done.folder / "out"
     words = ("export", to, "--strategy", "itl", "--budget", 5, "--task", task_file, "--as", "hf")
     assert call(*words)[:2] == (0, f"{to}\n")
+    other = done.folder / "other"
+    found = json.loads(call("export", other, *words[2:], "--json")[1])
+    assert found["folder"] == str(other) and found["rows"] == 5
     code, _, error = call(*words)
     assert code == 1 and "is there already" in error
     assert call("doctor", task_file)[:2] == (0, "all is well\n")
@@ -61,6 +64,7 @@ def test_mistakes_are_one_line(done: Any, task_file: Any) -> None:
     "command",
     [
         "run",
+        "ingest",
         "label",
         "status",
         "explain",

@@ -28,14 +28,14 @@ def test_it_asks_waits_and_asks_again(lab: Any, instance: Any) -> None:
     assert isinstance(request, dg.RunRequest) and request.run_key.startswith("round-1-")
     assert asked(ws)[0].run_key == request.run_key
     runner.initialise(instance)
-    said = runner.label(ws.task, instance)
+    said = runner.label(ws.task, instance)["said"]
     assert f"round 1: {BATCH} rows wait for their label, 0 have theirs" in said
     assert str(lab.landing) in said
     [skipped] = asked(ws)
     assert isinstance(skipped, dg.SkipReason) and "8 rows wait" in str(skipped.skip_message)
     answer(lab, ws, "labelled.parquet")
     assert asked(ws)[0].run_key.startswith("round-2-")
-    assert f"round 2: {BATCH} rows wait" in runner.label(ws.task, instance)
+    assert f"round 2: {BATCH} rows wait" in runner.label(ws.task, instance)["said"]
 
     key = dg.AssetKey(["tiny", "label_requests"])
     last = instance.fetch_materializations(key, limit=1).records[0].asset_materialization

@@ -12,6 +12,7 @@ import pytest
 from dsel_assets import runner
 from dsel_assets.automation import NOT_FINISHED
 from dsel_assets.build import build
+from dsel_assets.resources.store import StoreError
 from dsel_assets.resources.tracking import Tracking
 from dsel_assets.resources.warehouse import Warehouse
 from dsel_assets.steps.cells import cells
@@ -258,3 +259,28 @@ def test_every_strategy_goes_all_the_way(lab: Any, instance: Any) -> None:
     whole = query(lab, "select distinct strategy from cells where whole")
     assert {row[0] for row in whole} == {"full", "target_only", "bads_joint"}
     assert runner.run(task, instance).runs == 0
+
+
+def test_files_are_delivered_and_only_ingested(ran: Any, instance: Any) -> None:
+    from dsel_assets.runner import ingest
+    from dsel_assets.steps.arrivals import arrivals
+    from dsel_assets.steps.cells import missing_strategies
+    from dsel_assets.steps.generation import current_generation
+    from dsel_assets.steps.status import status
+    from tests.conftest import write
+
+    drop = ran.folder / "elsewhere"
+    drop.mkdir()
+    file = write(drop / "c.parquet", ran.rows(220, 250))
+    assert ingest(ran.task(), instance, [file]) == ["a0"]
+    ws = ran.workspace()
+    assert file.exists() and arrivals(ws)[-1].path == str(ran.landing / "c.parquet")
+    assert status(ws)["rows"] == 150 and status(ws)["landed_and_unknown"] == 0
+    assert missing_strategies(ws, current_generation(ws)).keys() >= {"random", "itl"}
+    assert ingest(ran.task(), instance, [file]) == ["a0"]  # again: nothing new
+    assert len(arrivals(ws)) == 4 and list(ran.landing.glob(".*")) == []
+    write(file, ran.rows(250, 260))
+    with pytest.raises(FileExistsError, match="with other content; rename"):
+        ingest(ran.task(), instance, [file])
+    with pytest.raises(StoreError, match="its name must end in"):
+        ingest(ran.task(), instance, [drop / "notes.txt"])
