@@ -198,7 +198,8 @@ def see_checks_and_sensors(site: Site) -> None:
     site.seen("This is a blocking asset check.")
     site.picture("checks of the sketches")
     site.page.goto(f"{site.dagster}/assets/tiny/subsets?view=checks")
-    site.seen("more_than_chance"), site.seen("weights_hold"), site.seen("like_a_uniform_draw")
+    site.seen("covers"), site.seen("weights_hold"), site.seen("more_than_chance").click()
+    site.seen("like_a_uniform_draw")
     site.picture("checks of the subsets")
     site.page.goto(f"{site.dagster}/automation")
     for name in (*SENSORS, "tiny_reselect"):
