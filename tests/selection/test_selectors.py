@@ -194,8 +194,10 @@ def test_work_before_a_cost_budget_is_counted_once():
                 time.sleep(0.2)
             return replace(found, spent=0.2 if known else 0.0)
 
+    started = time.perf_counter()
     found = Slow().select(PRICED, None, Budget(60, cost="tokens"), seed=0)
-    assert 0.2 <= found.diagnostics["seconds"] < 0.35
+    took = time.perf_counter() - started
+    assert 0.2 <= found.diagnostics["seconds"] <= took
 
 
 @reading(Needs.SKETCHES)
