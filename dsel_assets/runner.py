@@ -94,8 +94,7 @@ def run(task: Task, instance: dg.DagsterInstance) -> Outcome:
 
     jobs = _Jobs(task, instance)
     ws = jobs.ws
-    if not jobs.register():
-        raise StoreError(f"{ws.landing}: no .parquet, .jsonl or .jsonl.gz file has landed yet")
+    jobs.must_register()
     strategies = ", ".join(task.strategies.chosen())
     print(f"{task.name}: {len(arrivals(ws))} arrivals, {strategies}", flush=True)
     print(f"budgets {task.budgets}, {task.seeds} seeds; only what is missing is made", flush=True)
@@ -133,8 +132,7 @@ def ingest(task: Task, instance: dg.DagsterInstance, files: Sequence[Path] = ())
     jobs.ws.prepare()
     for file in files:
         deliver(jobs.ws, file)
-    if not jobs.register():
-        raise StoreError(f"{jobs.ws.landing}: no .parquet, .jsonl or .jsonl.gz file has landed yet")
+    jobs.must_register()
     return jobs.ingest()
 
 
@@ -216,6 +214,12 @@ class _Jobs:
         keys = [known.key for known in arrivals(self.ws)]
         self.instance.add_dynamic_partitions(f"{self.task.name}_arrivals", keys)
         return bool(keys)
+
+    def must_register(self) -> None:
+        """The same; StoreError where nothing has landed."""
+        if not self.register():
+            landing = self.ws.landing
+            raise StoreError(f"{landing}: no .parquet, .jsonl or .jsonl.gz file has landed yet")
 
     def ingest(self) -> list[str]:
         """Ingest the arrivals that are not; those that are held back."""

@@ -32,25 +32,24 @@ def declared(task: Task) -> list[dg.SourceAsset | dg.AssetsDefinition]:
         def settings() -> dg.DataVersionsByPartition:
             return dg.DataVersionsByPartition(settings_versions(task))
 
-        @dg.observable_source_asset(
-            key=key(task, "training"),
-            group_name="finetuning",
-            tags={"dagster/kind/yaml": ""},
-            description="What the task's file says of the finetuning.",
-        )
-        def training() -> dg.DataVersion:
-            return dg.DataVersion(identity(task.finetune.model_dump()))
+        return [
+            settings,
+            _observed(task, "training", "finetuning", "the finetuning"),
+            _observed(task, "rule", "comparison", "the promotion"),
+        ]
 
-        @dg.observable_source_asset(
-            key=key(task, "rule"),
-            group_name="comparison",
-            tags={"dagster/kind/yaml": ""},
-            description="What the task's file says of the promotion.",
-        )
-        def rule() -> dg.DataVersion:
-            return dg.DataVersion(identity(task.promote.model_dump()))
 
-    return [settings, training, rule]
+def _observed(task: Task, name: str, group: str, what: str) -> dg.SourceAsset | dg.AssetsDefinition:
+    @dg.observable_source_asset(
+        key=key(task, name),
+        group_name=group,
+        tags={"dagster/kind/yaml": ""},
+        description=f"What the task's file says of {what}.",
+    )
+    def observed() -> dg.DataVersion:
+        return dg.DataVersion(_versions(task)[name, None])
+
+    return observed
 
 
 def settings_versions(task: Task) -> dict[str, str]:
@@ -67,15 +66,20 @@ def settings_versions(task: Task) -> dict[str, str]:
     return found
 
 
-def declare(task: Task, instance: dg.DagsterInstance) -> list[str]:
-    """Tell Dagster what is declared now, where it knows otherwise; says what that was."""
-    wanted: dict[tuple[str, str | None], str] = {
+def _versions(task: Task) -> dict[tuple[str, str | None], str]:
+    """The data version of all that is declared, by asset and partition."""
+    found: dict[tuple[str, str | None], str] = {
         ("settings", name): version for name, version in settings_versions(task).items()
     }
-    wanted["training", None] = identity(task.finetune.model_dump())
-    wanted["rule", None] = identity(task.promote.model_dump())
+    found["training", None] = identity(task.finetune.model_dump())
+    found["rule", None] = identity(task.promote.model_dump())
+    return found
+
+
+def declare(task: Task, instance: dg.DagsterInstance) -> list[str]:
+    """Tell Dagster what is declared now, where it knows otherwise; says what that was."""
     changed = []
-    for (name, partition), version in wanted.items():
+    for (name, partition), version in _versions(task).items():
         which = dg.AssetRecordsFilter(key(task, name), [partition] if partition else None)
         last = instance.fetch_observations(which, limit=1).records
         known = last[0].asset_observation if last else None

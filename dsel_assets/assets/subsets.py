@@ -59,23 +59,18 @@ def subsets(task: Task) -> dg.AssetsDefinition:
         by_class: dict[str, Counter[str]] = {}
         by_source: dict[str, Counter[str]] = {}
         numbers: dict[int, list[dict[str, Any]]] = {}
-        for cell, entry in zip(cells(ws, generation, strategy), entries, strict=True):
+        placed = list(zip(cells(ws, generation, strategy), entries, strict=True))
+        for cell, entry in placed:
             ids = chosen_ids(entry)
             by_class.setdefault(str(cell.budget), Counter()).update(classes[i] for i in ids)
             by_source.setdefault(str(cell.budget), Counter()).update(sources[i] for i in ids)
             numbers.setdefault(cell.budget, []).append(dict(entry.summary))
         largest = per_pick(entries[-1])
-        first = next(
-            entry
-            for cell, entry in zip(cells(ws, generation, strategy), entries, strict=True)
-            if cell.budget == task.budgets[-1]
-        )
+        first = next(entry for cell, entry in placed if cell.budget == task.budgets[-1])
         shown = cards(ws, generation, first, CARDS)
         portraits = gallery_of(ws, generation, shown)
-        quotas, changed = (
-            quota_rows(first),
-            over_generations(ws, generation, strategy, task.promote.budget),
-        )
+        quotas = quota_rows(first)
+        changed = over_generations(ws, generation, strategy, task.promote.budget)
         return result(
             task,
             "subsets",

@@ -26,7 +26,7 @@ from dsel_assets.data.examples import Examples
 from dsel_assets.models.tap import Tap
 from dsel_assets.selection.chain import Chain, Data, Member, Settings, examine, network_scores
 from dsel_assets.selection.guards import Neighbourhood, guards
-from dsel_assets.selection.interface import Choice, Needs, Selector, State
+from dsel_assets.selection.interface import Choice, Needs, Selection, Selector, State
 from dsel_assets.selection.posterior import Floats, Singles, merge, rank_correlation
 from dsel_assets.selection.scored import first_of_each
 from dsel_assets.selection.strata import Strata
@@ -347,16 +347,11 @@ class Bads(Selector):
         )
 
     def objective(
-        self,
-        pool: Examples,
-        target: Examples | None,
-        ids: NDArray[np.str_],
-        n: int,
-        state: State,
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
     ) -> float | None:
         """Mean weight of these ids as the chains ended; a weight network keeps none."""
-        known = np.isin(state["ids"], ids)
-        logits = [value[known] for name, value in state.items() if name.endswith(".logits")]
+        known = np.isin(own.state["ids"], ids)
+        logits = [value[known] for name, value in own.state.items() if name.endswith(".logits")]
         return float(expit(np.array(logits, np.float64)).mean()) if logits else None
 
     def _run(

@@ -289,12 +289,8 @@ class KMeansPlusPlus(Selector):
     """k-means++ seeding on gradient sketches."""
 
     name = "kmeanspp"
+    grows = (1, 1)  # every row again for each pick
     needs = Needs.SKETCHES | Needs.LABELS
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
@@ -315,12 +311,8 @@ class Badge(Selector):
     """
 
     name = "badge"
+    grows = (1, 1)  # every row again for each pick
     needs = Needs.MODEL
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def __init__(self, *, model: Builder, trainable: Sequence[str] | None = None) -> None:
         self.model = model
@@ -340,13 +332,9 @@ class TypiClust(Selector):
     """TypiClust on gradient sketches, centred on the pool and of unit norm."""
 
     name = "typiclust"
+    grows = (1, 1)  # every row again for each pick
     needs = Needs.SKETCHES | Needs.LABELS
     nested = False
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def __init__(self, *, neighbours: int = 20, most_clusters: int = 500, small: int = 5) -> None:
         self.neighbours, self.most_clusters, self.small = neighbours, most_clusters, small
@@ -375,13 +363,9 @@ class ProbCover(Selector):
     """
 
     name = "probcover"
+    grows = (2, 0)  # every pair of rows
     needs = Needs.SKETCHES | Needs.LABELS
     deterministic = True
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every pair of rows."""
-        return rows**2
 
     def __init__(self, *, delta: float | None = None) -> None:
         self.delta = delta
@@ -401,13 +385,9 @@ class Facility(Selector):
     """Facility location over the pool, by gradient sketches, centred and of unit norm."""
 
     name = "facility"
+    grows = (2, 0)  # every pair of rows
     needs = Needs.SKETCHES | Needs.LABELS
     deterministic = True
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every pair of rows."""
-        return rows**2
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None

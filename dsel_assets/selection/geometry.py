@@ -131,12 +131,8 @@ class KCenter(Selector):
     """Greedy k-center: covers the pool, outliers first."""
 
     name = "kcenter"
+    grows = (1, 1)  # every row again for each pick
     needs = Needs.SKETCHES | Needs.LABELS
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
@@ -151,13 +147,9 @@ class Herding(Selector):
     """Herding: follows the mean of the pool."""
 
     name = "herding"
+    grows = (1, 1)  # every row again for each pick
     needs = Needs.SKETCHES | Needs.LABELS
     deterministic = True
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def __init__(self, *, form: Literal["original", "published"] = "original") -> None:
         self.form = form
@@ -178,12 +170,8 @@ class Adaptive(Selector):
     """Adaptive sampling by what is not spanned yet."""
 
     name = "adaptive"
+    grows = (1, 1)  # every row again for each pick
     needs = Needs.SKETCHES | Needs.LABELS
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None

@@ -122,24 +122,20 @@ class Selector(ABC):
     warms: ClassVar[bool] = False  # is a re-selection better off going on from the last one?
     aim: ClassVar[str] = ""  # what `objective` is called; "" where it can't tell
     lower: ClassVar[bool] = False  # is a smaller objective better?
+    grows: ClassVar[tuple[int, int]] = (1, 0)  # powers of the pool's and the budget's size: time
 
     @classmethod
     def work(cls, rows: int, n: int) -> float:
-        """How its time grows with the pool and the budget, up to a factor: one score a row."""
-        return rows
+        """How its time grows with the pool and the budget, up to a factor."""
+        return float(rows) ** cls.grows[0] * float(n) ** cls.grows[1]
 
     def objective(
-        self,
-        pool: Examples,
-        target: Examples | None,
-        ids: NDArray[np.str_],
-        n: int,
-        state: State,
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
     ) -> float | None:
         """How good these ids of the pool are, whoever chose them, by what this strategy aims at.
 
-        n, state: size and state of its own selection from this pool, so that other ids are judged
-        by the same measure. None where it has no such number.
+        own: its selection from this pool, so that other ids are judged by the same measure. None
+        where it has no such number.
         """
         return None
 

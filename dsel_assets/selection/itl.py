@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.acquisition import RULES, Rule
 from dsel_assets.selection.arrays import CHUNK, as_rows, chunks
-from dsel_assets.selection.interface import Choice, Needs, Selector, State
+from dsel_assets.selection.interface import Choice, Needs, Selection, Selector, State
 from dsel_assets.selection.kernels import Kernel, Linear, make_kernel
 from dsel_assets.selection.nearest import nearest
 from dsel_assets.selection.posterior_trackers import Posterior, Start, follow
@@ -398,15 +398,11 @@ class Itl(Selector):
     """
 
     name = "itl"
+    grows = (1, 1)  # every row again for each pick
     version = 2
     needs = Needs.SKETCHES | Needs.TARGET | Needs.LABELS
     deterministic = True
     aim = "information_nats"
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def __init__(
         self,
@@ -491,12 +487,7 @@ class Itl(Selector):
         )
 
     def objective(
-        self,
-        pool: Examples,
-        target: Examples | None,
-        ids: NDArray[np.str_],
-        n: int,
-        state: State,
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
     ) -> float:
         """Nats that noisy observations at these ids tell about noisy ones at the targets.
 

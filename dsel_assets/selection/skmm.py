@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.arrays import as_blocks, as_rows
 from dsel_assets.selection.coverage import clusters, covered
-from dsel_assets.selection.interface import Choice, Needs, Selector, State
+from dsel_assets.selection.interface import Choice, Needs, Selection, Selector, State
 from dsel_assets.selection.matching import match_moments
 from dsel_assets.selection.moments import (
     compare_moments,
@@ -76,17 +76,13 @@ class Skmm(Selector):
     """Moment matching on gradient sketches: sequential, or sampled from the convex solution."""
 
     name = "skmm"
+    grows = (1, 1)  # every row again for each pick
     version = 2
     needs = Needs.SKETCHES | Needs.LABELS
     nested = False
     warms = True
     aim = "trace_score"
     lower = True
-
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """Every row is looked at again for each pick."""
-        return rows * n
 
     def __init__(
         self,
@@ -164,16 +160,11 @@ class Skmm(Selector):
         )
 
     def objective(
-        self,
-        pool: Examples,
-        target: Examples | None,
-        ids: NDArray[np.str_],
-        n: int,
-        state: State,
+        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
     ) -> float:
         """Distance of their moment from the pool's: `trace_score` of `compare_moments`."""
         assert pool.sketches is not None
-        blocks = as_blocks(reduce_sketches(pool.sketches, n, self.dimension), "sketches")
+        blocks = as_blocks(reduce_sketches(pool.sketches, len(own.ids), self.dimension), "sketches")
         chosen = blocks[np.isin(pool.ids, ids)]
         return compare_moments(chosen, second_moment(blocks), len(blocks))["trace_score"]
 

@@ -51,9 +51,13 @@ def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] |
             and all(line[k] == chosen[k] for k in ("selection", "verdict"))
             for line in history(ws)
         )
-        by_hand = by == BY_VERDICT and now is not None and now["by"] != BY_VERDICT
-        outdone = by_hand and now is not None and now["verdict"] == chosen["verdict"]
-        if not (same or taken_back or outdone):
+        overruled = (
+            by == BY_VERDICT
+            and now is not None
+            and now["by"] != BY_VERDICT
+            and now["verdict"] == chosen["verdict"]
+        )
+        if not (same or taken_back or overruled):
             _append(ws, {**chosen, "move": PROMOTED, "by": by, "when": _now()})
         return champion(ws)
 

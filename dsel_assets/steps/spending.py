@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,12 +115,3 @@ def _worse(selector: type[Selector], own: float | None, without: float | None) -
         return None
     gain = (without - own) / abs(own)
     return -gain if selector.lower else gain
-
-
-def said_of(rows: list[Mapping[str, Any]]) -> str:
-    """The quotas that could not be filled, in words."""
-    return "; ".join(
-        f"{row['column']} = {row['value']}: {row['short']} short, {row['there']} are there"
-        for row in rows
-        if row["short"]
-    )

@@ -95,7 +95,7 @@ def _write(
             there = ids[np.isin(ids, pool.ids)]
             if len(there) == 0:
                 return None
-            return selector.objective(pool, target, there, len(chosen.ids), chosen.state)
+            return selector.objective(pool, target, there, chosen)
 
         table = _table(ws, cell.identities["subsets"], chosen)
         pq.write_table(table, draft.path / "rows.parquet")
