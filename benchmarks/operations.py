@@ -218,7 +218,12 @@ def parquet(path: Path, inputs: NDArray[Any], labels: NDArray[Any], column: str)
 
 UI_STARTS = 40.0  # seconds until the sensors have seen the files twice
 UI_LIMIT = 600.0  # seconds that they may take for a chain
-CHAIN = {"skmm": {}, "bads": {"steps": 50}, "smallloss": {"steps": 30}, "itl": {}}
+FILES, ROWS_EACH = 3, 150
+CHAIN: dict[str, Any] = {
+    "strategies": {"skmm": {}, "bads": {"steps": 30}, "itl": {}},
+    "finetune": {"steps": 10},
+    "spectrum": {"examples": 32, "eigenvalues": 4, "iterations": 8},
+}
 WHEN = re.compile(r'"when": "[^"]*"')
 COUNTED = (
     "chains", "kills", "between jobs", "in ingest", "in select", "in compare", "files compared",
@@ -303,11 +308,20 @@ def settled(own: Home) -> bool:
     return newest == [("SUCCESS", f"{NAME}_compare")] and not own.unfinished()
 
 
+def furnish(own: Home) -> None:
+    """A small task, so that starting and writing take most of its time, and its files."""
+    rows = pa.concat_tables([table for _, table, _ in bundled()])
+    for number in range(FILES):
+        part = rows.slice(number * ROWS_EACH, ROWS_EACH)
+        pq.write_table(part, own.folder / f"landing/{number}.parquet")
+    own.declare(pool=IMAGES["pool"] | {"landing": f"{own.folder}/landing"}, **CHAIN)
+
+
 def kills(size: Size) -> str:
     """Chains under SIGKILL, held against one that nobody disturbed."""
     rng, lines, notes = np.random.default_rng(0), [], []
     with home() as own:
-        own.declare(strategies=CHAIN)
+        furnish(own)
         started = time.perf_counter()
         if own.start("run", str(own.file)).wait():
             raise RuntimeError(own.said())
@@ -322,13 +336,13 @@ def kills(size: Size) -> str:
         moments = iter(partial(rng.uniform, room / 2, usual + room), None)
         while count["kills"] < most:
             with home() as own:
-                own.declare(strategies=CHAIN)
+                furnish(own)
                 said = work(own, moments, count, most) + hold_against(own, expected, count)
             notes += [f"\n- {way}: {one}" for one in said]
             print(way, dict(count), *said, flush=True)
         lines.append([f"`{way}`", *(f"{count[kind]:,}" for kind in COUNTED)])
     return page.markdown(["killed", *COUNTED], lines) + (
-        f"\n\nA chain is everything from five files to a verdict, undisturbed {usual:.0f} s and "
+        f"\n\nA chain is everything from {FILES} files to a verdict, undisturbed {usual:.0f} s and "
         f"{len(expected):,} files (leaderboard and champion count as two). SIGKILL goes to all its "
         "processes at a moment drawn uniformly from that time, which for `dsel ui` begins "
         f"{UI_STARTS / 2:.0f} s and ends {UI_STARTS:.0f} s later; then the same command goes on. "
@@ -460,7 +474,7 @@ def await_page(port: int, seconds: float = 180) -> None:
 
 # Arrival
 
-MADE = "ingest and sketch"
+MADE, LOADING, DEFINING = "ingest and sketch", "loading libraries", "definitions"
 CHOOSERS = ("random", "skmm", "itl", "gradmatch")
 
 
@@ -482,6 +496,24 @@ def mnist(data: Path | None, size: Size) -> tuple[NDArray[Any], NDArray[Any]]:
             found.append(np.fromfile(paths[0], np.uint8, offset=head))
     images, labels = (np.concatenate(found) for found in parts.values())
     return images.reshape(-1, 784), labels.astype(np.int64)
+
+
+def load() -> None:
+    """What every process loads before it works: libraries, and kernels compiled before."""
+    import torch
+    import torch._dynamo  # by torch.func at its first call
+
+    import dsel_assets.steps.sketches
+    import dsel_assets.steps.subsets  # noqa: F401
+    from dsel_assets.selection import STRATEGIES, select_informative, select_matching
+    from dsel_assets.sketching import make_sketch
+
+    for name in CHOOSERS:
+        STRATEGIES[name].load()
+    some = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    make_sketch("affd", 64, 8)(torch.ones(2, 64))
+    select_matching(some, 8)
+    select_informative(some, some[:3], 4)
 
 
 def follow(ws: Workspace) -> dict[str, float]:
@@ -518,7 +550,10 @@ def _plain(task: Task, folder: Path) -> tuple[dict[str, float], float]:
 
     ws = Workspace(task, folder)
     base_digest(ws), [evaluation_set(ws, split) for split in ws.splits]
-    took, peak = follow(ws), peak_gib()
+    started = time.perf_counter()
+    load()
+    loading = time.perf_counter() - started
+    took, peak = follow(ws) | {LOADING: loading}, peak_gib()
     hessian_spectrum(ws)
     return took, peak
 
@@ -543,7 +578,7 @@ def _dagster(task: Task, folder: Path, history: Path) -> dict[str, float]:
         choose = dg.Definitions(jobs=[dg.define_asset_job(f"{task.name}_choose", only)])
         definitions = dg.Definitions.merge(jobs.definitions, choose)
         jobs.register()
-        took["definitions"] = time.perf_counter() - started
+        took[DEFINING] = time.perf_counter() - started
         for name, job, partition in (
             (MADE, "ingest", arrivals(jobs.ws)[-1].key),
             *((strategy, "choose", strategy) for strategy in CHOOSERS),
@@ -598,25 +633,51 @@ def arrival(size: Size, data: Path | None) -> str:
         warm, _ = apart(_plain, task, folder / "home")
         print(f"cold {cold}\nwarm {warm}", flush=True)
         dagster = apart(_dagster, task, folder / "other", folder / "dagster")
+        beside = apart(_beside, task, folder / "home")
         after = [sketched(folder / home) for home in ("home", "other")]
         kept = min(sum(now.get(path) == was for path, was in before.items()) for now in after)
         pools = (folder / "home").glob(f"store/{NAME}/pool/*/rows.parquet")
         rows = sum(pq.read_metadata(path).num_rows for path in pools)
     for took in (cold, warm):
         took[MADE] = took.pop("ingest") + took.pop("sketch")
-    names = [MADE, *CHOOSERS, "definitions"]
-    lines = [[n, *(f"{took.get(n, 0):.2f}" for took in (cold, warm, dagster))] for n in names]
-    whole, new, shown = (sum(took.values()) for took in (cold, warm, dagster))
-    lines.append(["together", f"{whole:.1f}", f"{new:.1f}", f"{shown:.1f}"])
+    names = [MADE, *CHOOSERS]
+    every = cold, warm, dagster
+    lines = [[name, *(f"{took[name]:.2f}" for took in every)] for name in names]
+    whole, new, shown = (sum(took[name] for name in names) for took in every)
+    lines.append(["together", f"{whole:.1f}", f"{new:.2f}", f"{shown:.1f}"])
     lines.append(["of the cold run", "", f"{new / whole:.1%}", f"{shown / whole:.1%}"])
+    for name in (LOADING, DEFINING):
+        lines.append([name, *(f"{took[name]:.2f}" if name in took else "" for took in every)])
     header = ["", "cold, s", f"{late:,} rows more, s", "the same through Dagster, s"]
+    adds = shown + dagster[DEFINING] - new
     return page.markdown(header, lines) + (
         f"\n\n{size.pool:,} images of MNIST in five files, then {late:,} in a sixth, to new "
-        f"subsets of 500 with 2 seeds; {rows:,} rows are in the pool at last. Ingesting and "
-        f"sketching alone: {warm[MADE] / cold[MADE]:.1%} of the cold run's. Dagster adds "
-        f"{shown - new:.1f} s. Of {len(before)} files of the old sketches {kept} have the same "
-        "bytes and times, either way. Aims: 3 %, 20 s."
+        f"subsets of 500 with 2 seeds; {rows:,} rows are in the pool at last. Loading is what "
+        "every process does before it works; through Dagster it is in the first of its steps. "
+        f"Ingesting and sketching alone: {warm[MADE] / cold[MADE]:.1%} of the cold run's. Dagster "
+        f"adds {adds:.1f} s. Of {len(before)} files of the old sketches {kept} have the same bytes "
+        "and times, either way. Aims: 3 %, 20 s.\n\nHeld against a choice from everything, means "
+        f"over the seeds: {'; '.join(beside)}."
     )
+
+
+def _beside(task: Task, folder: Path) -> list[str]:
+    """How far the selections that went on from the last ones are from cold ones."""
+    from dsel_assets.steps.churn import diff
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in diff(Workspace(task, folder), 1, 2, cold=True):
+        if "shared_with_cold" in row:
+            found.setdefault(row["strategy"], []).append(row)
+    said = []
+    for name, rows in found.items():
+        shared = np.mean([row["shared_with_cold"] for row in rows])
+        text = f"`{name}` shares {shared:.1%} of its examples with it"
+        if rows[0].get("objective") is not None:
+            pair = (np.mean([row[k] for row in rows]) for k in ("objective", "objective_cold"))
+            text += ", {} {:.4g} for {:.4g}".format(rows[0]["aim"].replace("_", " "), *pair)
+        said.append(text)
+    return said
 
 
 # Rows
@@ -665,8 +726,8 @@ def rows(size: Size) -> str:
     """What the command line takes over a large pool."""
     from dsel_assets.models import ARCHITECTURES, save_weights
     from dsel_assets.steps.cells import cells
+    from dsel_assets.steps.chosen import chosen_ids
     from dsel_assets.steps.generation import current_generation
-    from dsel_assets.steps.subsets import chosen_ids
 
     rng = np.random.default_rng(0)
     teacher = rng.standard_normal((SIDES, CLASSES))

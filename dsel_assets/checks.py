@@ -23,12 +23,13 @@ def sketches_fit(task: Task) -> dg.AssetChecksDefinition:
     def fit(home: Home) -> dg.AssetCheckResult:
         import numpy as np
 
-        from dsel_assets.steps.generation import current_generation, load_pool, members
-        from dsel_assets.steps.sketches import broken_promise
+        from dsel_assets.steps.generation import current_generation, members
+        from dsel_assets.steps.loading import pool_rows
+        from dsel_assets.steps.sketched import broken_promise, map_sketches
 
         ws = Workspace(task, home)
         generation = current_generation(ws)
-        damaged, broken, rows, quarantined = [], [], 0, 0
+        damaged, broken, rows, quarantined, finite = [], [], 0, 0, True
         for pool, gradients, sketches in members(ws, generation):
             damaged += [
                 str(entry.path / name)
@@ -39,22 +40,21 @@ def sketches_fit(task: Task) -> dg.AssetChecksDefinition:
                 broken.append(f"{pool.manifest['fields']['arrival']}: {why}")
             rows += pool.manifest["rows"]
             quarantined += gradients.summary["quarantined"]
+            finite &= bool(np.isfinite(map_sketches(ws, sketches)).all())
         if damaged or broken:
             found = {"damaged": ", ".join(damaged), "distorted": "; ".join(broken)}
             shown = {name: text for name, text in found.items() if text}
             return dg.AssetCheckResult(passed=False, metadata=shown)
-        sketched, duplicates, conflicts = load_pool(ws, generation)
-        complete = rows == len(sketched) + len(duplicates) + len(conflicts) + quarantined
-        assert sketched.sketches is not None
+        there = pool_rows(ws, generation)
+        counts = {
+            "sketched": len(there.examples),
+            "quarantined": quarantined,
+            "duplicates": len(there.duplicates),
+            "conflicts": len(there.conflicts),
+        }
         return dg.AssetCheckResult(
-            passed=complete and bool(np.isfinite(sketched.sketches).all()),
-            metadata={
-                "pool_rows": rows,
-                "sketched": len(sketched),
-                "quarantined": quarantined,
-                "duplicates": len(duplicates),
-                "conflicts": len(conflicts),
-            },
+            passed=finite and rows == sum(counts.values()),
+            metadata={"pool_rows": rows, **counts},
         )
 
     return fit
@@ -70,7 +70,7 @@ def dimension_is_enough(task: Task) -> dg.AssetChecksDefinition:
         "explicit re-sketch: set sketch.dim and run the ingest job for every arrival.",
     )
     def dimension_is_enough(home: Home) -> dg.AssetCheckResult:
-        from dsel_assets.steps.sketches import sketch_dimension
+        from dsel_assets.steps.space import sketch_dimension
         from dsel_assets.steps.spectrum import hessian_spectrum
 
         ws = Workspace(task, home)
@@ -94,8 +94,8 @@ def more_than_chance(task: Task) -> dg.AssetChecksDefinition:
         "(or fewer) examples than chance would have them, or its own measure says so.",
     )
     def more_than_chance(home: Home) -> dg.AssetCheckResult:
+        from dsel_assets.steps.chosen import beyond_chance
         from dsel_assets.steps.generation import current_generation
-        from dsel_assets.steps.subsets import beyond_chance
 
         ws = Workspace(task, home)
         found = beyond_chance(ws, current_generation(ws))
@@ -122,8 +122,8 @@ def covers(task: Task) -> dg.AssetChecksDefinition:
         "half as much of the pool.",
     )
     def covers(home: Home) -> dg.AssetCheckResult:
+        from dsel_assets.steps.chosen import collapsed
         from dsel_assets.steps.generation import current_generation
-        from dsel_assets.steps.subsets import collapsed
 
         ws = Workspace(task, home)
         found = collapsed(ws, current_generation(ws))
@@ -151,8 +151,8 @@ def weights_hold(task: Task) -> dg.AssetChecksDefinition:
     )
     def weights_hold(home: Home) -> dg.AssetCheckResult:
         from dsel_assets.selection.guards import ALARMS
+        from dsel_assets.steps.chosen import alarms
         from dsel_assets.steps.generation import current_generation
-        from dsel_assets.steps.subsets import alarms
 
         ws = Workspace(task, home)
         found = alarms(ws, current_generation(ws))

@@ -348,6 +348,13 @@ def export(
     form: Annotated[
         Literal["parquet", "jsonl", "hf"], typer.Option("--as", help="hf: for `datasets`.")
     ] = "parquet",
+    message: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=COLUMN",
+            help="A conversation in the input's place: a role and a column of pool.schema.text.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a selection's rows for other tools, with a manifest."""
@@ -355,7 +362,11 @@ def export(
     from dsel_assets.steps.export import export as write
 
     with _telling():
-        folder = write(_workspace(task_file), strategy, budget, seed, to, form)
+        parts = [one.partition("=") for one in message or []]
+        if not all(role and column for role, _, column in parts):
+            raise typer.BadParameter("a message is given as ROLE=COLUMN", param_hint="--message")
+        messages = [(role, column) for role, _, column in parts]
+        folder = write(_workspace(task_file), strategy, budget, seed, to, form, messages)
         manifest = json.loads((folder / MANIFEST).read_text())
         _print({"folder": folder} | manifest, as_json, iter([str(folder)]))
 

@@ -225,7 +225,7 @@ class _Jobs:
         """Ingest the arrivals that are not; those that are held back."""
         from dsel_assets.steps.pool import find_ingested
         from dsel_assets.steps.pool import held_back as why_held_back
-        from dsel_assets.steps.sketches import find_sketched
+        from dsel_assets.steps.sketched import find_sketched
 
         ws, held_back = self.ws, []
         for known in arrivals(ws):

@@ -62,6 +62,9 @@ class Schema(_Spec):
     keep: list[str] = Field(
         [], description="further columns of the pool, of text or whole numbers, for quotas"
     )
+    text: list[str] = Field(
+        [], description="columns of the pool with long text, which goes into exports unread"
+    )
     classes: list[str] = Field(description="number of classes, or their names in order")
 
     @field_validator("classes", mode="before")
@@ -616,13 +619,13 @@ class Task(_Spec):
 
     def _check_spending(self) -> None:
         schema = self.pool.columns
-        own = [n for n in (schema.cost, *schema.keep) if n is not None]
+        own = [n for n in (schema.cost, *schema.keep, *schema.text) if n is not None]
         fixed = {schema.input, schema.label, schema.group, schema.id, *OURS}
         for name in own:
             if name in fixed or own.count(name) > 1:
                 raise ValueError(
-                    f"pool.schema.cost, keep: {name!r} is used already, or is a name of ours; the "
-                    "label's and the group's column need not be kept"
+                    f"pool.schema.cost, keep, text: {name!r} is used already, or is a name of "
+                    "ours; the label's and the group's column need not be kept"
                 )
         if self.budget_in == "cost" and schema.cost is None:
             raise ValueError("budget_in: cost needs pool.schema.cost, the column with it")

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 from safetensors import SafetensorError
 
-from dsel_assets.resources.rows import NAME, RowWriter, read_rows
+from dsel_assets.resources.rows import NAME, RowWriter, mapped, read_rows
 
 
 def blocks(sizes, width, seed=0):
@@ -52,6 +53,30 @@ def test_rows_of_another_width_are_refused(tmp_path, shape):
     ):
         writer.append(np.zeros(shape, np.float32))
     assert read_rows(tmp_path / "rows").shape == (0, 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (300, 4), (7, 2, 3), (5,)])
+def test_a_mapped_array_is_the_one_that_was_saved(tmp_path, shape):
+    saved = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    other = np.arange(3.0, dtype=np.float32)
+    safetensors.numpy.save_file({"other": other, "inputs": saved, "z": other}, tmp_path / "f")
+    found = mapped(tmp_path / "f", "inputs")
+    assert found.shape == shape and found.dtype == np.float32
+    np.testing.assert_array_equal(found, saved)
+    order = np.random.default_rng(1).permutation(shape[0])
+    np.testing.assert_array_equal(found[order], saved[order])
+    assert found.base is None or not found.flags.writeable
+
+
+def test_a_mapped_file_is_looked_at_before(tmp_path):
+    safetensors.numpy.save_file({"rows": np.ones((4, 2))}, tmp_path / "f")
+    with pytest.raises(ValueError, match="rows is F64, not F32"):
+        mapped(tmp_path / "f")
+    with pytest.raises(SafetensorError):
+        mapped(tmp_path / "f", "inputs")
+    (tmp_path / "f").write_bytes((tmp_path / "f").read_bytes()[:-3])
+    with pytest.raises(SafetensorError):
+        mapped(tmp_path / "f")
 
 
 def test_an_unfinished_file_can_not_be_read(tmp_path):

@@ -21,7 +21,8 @@ def base_model(task: Task) -> dg.AssetsDefinition:
     def base_model(home: Home) -> dg.MaterializeResult:
         from math import prod
 
-        from dsel_assets.steps.model import base_model, trainable_shapes
+        from dsel_assets.steps.model import base_model
+        from dsel_assets.steps.space import trainable_shapes
 
         ws = Workspace(task, home)
         entry = base_model(ws)

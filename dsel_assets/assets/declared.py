@@ -10,10 +10,9 @@ import dagster as dg
 
 from dsel_assets.assets.declare import key, strategy_partitions
 from dsel_assets.resources.store import identity
+from dsel_assets.selection.strategies import STRATEGIES
 from dsel_assets.task import Task
 
-WHOLE = ("full", "target_only", "bads_joint")  # as `selection.STRATEGIES` has it, which loads torch
-WARM = ("skmm", "bads", "bads_joint")
 DATA_VERSION = "dagster/data_version"  # the tag under which Dagster keeps it
 
 
@@ -58,9 +57,9 @@ def settings_versions(task: Task) -> dict[str, str]:
     found = {}
     for name in task.strategies.chosen():
         what = {"settings": task.settings(name), "seeds": task.seeds}
-        if name not in WHOLE:
+        if not STRATEGIES[name].whole:
             what |= common
-        if name in WARM:
+        if STRATEGIES[name].warms:
             what["reselect"] = task.reselect
         found[name] = identity(what)
     return found

@@ -64,7 +64,8 @@ def sketches(task: Task) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, home: Home
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         from dsel_assets.steps.pool import ingest
-        from dsel_assets.steps.sketches import broken_promise, sketch
+        from dsel_assets.steps.sketched import broken_promise
+        from dsel_assets.steps.sketches import sketch
 
         ws = Workspace(task, home)
         made = sketch(ws, ingest(ws, context.partition_key))

@@ -43,15 +43,18 @@ def subsets(task: Task) -> dg.AssetsDefinition:
         from dsel_assets.evaluation.plots import churn, composition, picks
         from dsel_assets.selection import STRATEGIES
         from dsel_assets.steps.cells import cells
+        from dsel_assets.steps.chosen import chosen_ids, per_pick, quota_rows
         from dsel_assets.steps.churn import over_generations
         from dsel_assets.steps.explain import cards, gallery_of
-        from dsel_assets.steps.generation import current_generation, load_pool
-        from dsel_assets.steps.subsets import chosen_ids, per_pick, quota_rows, select
+        from dsel_assets.steps.generation import current_generation
+        from dsel_assets.steps.loading import pool_rows
+        from dsel_assets.steps.subsets import select
 
         ws, strategy = Workspace(task, home), context.partition_key
         generation = current_generation(ws)
         entries = select(ws, generation, strategy)
-        pool, duplicates, conflicts = load_pool(ws, generation)
+        there = pool_rows(ws, generation)
+        pool = there.examples
         classes = dict(
             zip(pool.ids, (task.pool.columns.classes[i] for i in pool.labels), strict=True)
         )
@@ -78,8 +81,8 @@ def subsets(task: Task) -> dg.AssetsDefinition:
             {
                 "generation": generation.number,
                 "pool": len(pool),
-                "duplicates_across_arrivals": len(duplicates),
-                "conflicts_across_arrivals": len(conflicts),
+                "duplicates_across_arrivals": len(there.duplicates),
+                "conflicts_across_arrivals": len(there.conflicts),
                 "classes_chosen": picture(
                     composition(by_class, Counter(classes.values()), "class")
                 ),

@@ -111,6 +111,19 @@ def parse_text(cell: Any) -> str:
     return cell
 
 
+def parse_long_text(cell: Any) -> str:
+    """Text of any length that UTF-8 can hold; null is ""."""
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        raise CellError(WRONG_TYPE, f"{_type(cell)} where text is expected")
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        raise CellError(WRONG_TYPE, f"half a surrogate pair in {reprlib.repr(cell)}") from error
+    return cell
+
+
 def parse_group(cell: Any) -> str:
     """Text as `parse_text` has it, or "" for null: of unknown group."""
     return "" if cell is None or cell == "" else parse_text(cell)

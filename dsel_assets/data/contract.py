@@ -18,6 +18,7 @@ from dsel_assets.data.cells import (
     parse_group,
     parse_inputs,
     parse_label,
+    parse_long_text,
     parse_name,
     parse_text,
 )
@@ -44,6 +45,7 @@ class Contract:
     classes  names in the order of their indices
     cost     column of what an example costs (finite numbers from 0 up), or None
     names    further columns of text or whole numbers, kept as text; null is ""
+    texts    columns of text of any length, as objects
 
     Raises ValueError for an impossible contract.
     """
@@ -57,6 +59,7 @@ class Contract:
     classes: tuple[str, ...]
     cost: str | None = None
     names: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("image", "vector"):
@@ -68,6 +71,7 @@ class Contract:
         if len(set(self.declared)) < len(self.declared) or {DIGEST_COLUMN, ROW_COLUMN} & {
             self.cost,
             *self.names,
+            *self.texts,
         }:
             raise ValueError(
                 f"columns are {self.declared}; name each once, and none "
@@ -78,7 +82,8 @@ class Contract:
     def declared(self) -> tuple[str, ...]:
         """The columns that a file must have; what `read_file` is asked for."""
         optional = (self.label, self.group, self.id, self.cost)
-        return (self.input, *(name for name in optional if name is not None), *self.names)
+        given = (name for name in optional if name is not None)
+        return (self.input, *given, *self.names, *self.texts)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ def _check(batch: RawBatch, contract: Contract) -> tuple[Examples, list[Refused]
     ids = each(contract.id, parse_text) if contract.id is not None else [None] * n
     costs = {} if contract.cost is None else {contract.cost: each(contract.cost, parse_cost)}
     names = {name: each(name, parse_name) for name in contract.names}
+    texts = {name: each(name, parse_long_text) for name in contract.texts}
 
     good = np.array([i for i in range(n) if i not in faults], dtype=np.int64)
     inputs = inputs if len(good) == n else inputs[good]
@@ -178,6 +184,7 @@ def _check(batch: RawBatch, contract: Contract) -> tuple[Examples, list[Refused]
         columns={
             **{name: np.array([of[i] for i in good], float) for name, of in costs.items()},
             **{name: np.array([of[i] for i in good], np.str_) for name, of in names.items()},
+            **{name: np.array([of[i] for i in good], object) for name, of in texts.items()},
             ROW_COLUMN: batch.rows[good],
             DIGEST_COLUMN: digests,
         },

@@ -32,8 +32,14 @@ class Examples:
         return len(self.ids)
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_] | Sequence[int]) -> Examples:
-        """The examples at these positions (or under this mask), in this order."""
+        """The examples at these positions (or under this mask), in this order.
+
+        All of them as they are: the same object, as its arrays may be large.
+        """
         rows = np.asarray(rows, dtype=None if len(rows) else np.int64)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
         return replace(
             self,
             ids=self.ids[rows],

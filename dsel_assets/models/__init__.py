@@ -1,15 +1,37 @@
-"""What can be finetuned."""
+"""What can be finetuned. Torch loads when something of it is first asked for."""
 
-from dsel_assets.models.checkpoint import (
-    Builder,
-    builder,
-    load_weights,
-    save_weights,
-    trainable_names,
+from typing import TYPE_CHECKING
+
+from dsel_assets.lazily import lazily
+
+if TYPE_CHECKING:
+    from dsel_assets.models.checkpoint import (
+        Builder,
+        builder,
+        load_weights,
+        save_weights,
+        trainable_names,
+    )
+    from dsel_assets.models.lora import LoRA, add_lora, lora_names
+    from dsel_assets.models.pretraining import pretrain
+    from dsel_assets.models.vision import ARCHITECTURES
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ARCHITECTURES": "vision",
+        "Builder": "checkpoint",
+        "LoRA": "lora",
+        "add_lora": "lora",
+        "builder": "checkpoint",
+        "load_weights": "checkpoint",
+        "lora_names": "lora",
+        "pretrain": "pretraining",
+        "save_weights": "checkpoint",
+        "trainable_names": "checkpoint",
+    },
 )
-from dsel_assets.models.lora import LoRA, add_lora
-from dsel_assets.models.pretraining import pretrain
-from dsel_assets.models.vision import ARCHITECTURES
+
 
 __all__ = [
     "ARCHITECTURES",
@@ -18,6 +40,7 @@ __all__ = [
     "add_lora",
     "builder",
     "load_weights",
+    "lora_names",
     "pretrain",
     "save_weights",
     "trainable_names",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from dsel_assets.models.lora import add_lora, lora_names
+from dsel_assets.models.trainable import trained
 from dsel_assets.models.vision import ARCHITECTURES
 
 Builder = Callable[[], nn.Module]
@@ -39,27 +39,8 @@ def builder(
 
 
 def trainable_names(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
-    """Names of the parameters that are trained, in the model's order.
-
-    `all`; `head`, the last module that has parameters; `lora`, the adapters; or patterns (fnmatch)
-    of names. A pattern that fits nothing raises ValueError, as does `lora` without adapters: a
-    misspelt layer must not quietly shrink the gradient.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    if trainable == "all":
-        return names
-    if trainable == "head":
-        head = names[-1].rpartition(".")[0]
-        return [name for name in names if name.rpartition(".")[0] == head]
-    if trainable == "lora":
-        if adapters := lora_names(model):
-            return adapters
-        raise ValueError("finetune.trainable: lora: the model has no adapters; give model.lora")
-    patterns = [trainable] if isinstance(trainable, str) else trainable
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"finetune.trainable: {pattern!r} fits none of {', '.join(names)}")
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    """Names of the parameters that are trained: `trained` of a model."""
+    return trained([name for name, _ in model.named_parameters()], lora_names(model), trainable)
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

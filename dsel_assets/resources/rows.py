@@ -1,4 +1,4 @@
-"""A safetensors file of one matrix, written row by row: nothing of its size is held in memory."""
+"""Safetensors files read and written by rows: nothing of their size need be held in memory."""
 
 from __future__ import annotations
 
@@ -50,13 +50,24 @@ class RowWriter:
         self._file.close()
 
 
-def read_row(path: Path, row: int) -> NDArray[np.float32]:
-    """One row [width] of such a file; the others are not read."""
-    with safe_open(path, "numpy") as file:
-        found: NDArray[np.float32] = file.get_slice(NAME)[row : row + 1][0]
-    return found
-
-
 def read_rows(path: Path) -> NDArray[np.float32]:
     """The matrix [n, width] of a file that a `RowWriter` wrote."""
     return load_file(path)[NAME]
+
+
+def mapped(path: Path, name: str = NAME) -> NDArray[np.float32]:
+    """A float32 array of a safetensors file, where it lies: what is asked for is read.
+
+    SafetensorError for a file that is damaged, ValueError for another type.
+    """
+    with safe_open(path, "numpy") as file:
+        found = file.get_slice(name)
+        shape, kind = tuple(found.get_shape()), found.get_dtype()
+    if kind != "F32":
+        raise ValueError(f"{path}: {name} is {kind}, not F32")
+    if 0 in shape:
+        return np.empty(shape, np.float32)
+    with path.open("rb") as file:  # the library reads slices, but not rows here and there
+        size = int.from_bytes(file.read(8), "little")
+        start, _ = json.loads(file.read(size))[name]["data_offsets"]
+    return np.memmap(path, "<f4", mode="r", offset=8 + size + start, shape=shape)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import LinAlgError, LinAlgWarning, solve
 
 Array = NDArray[Any]
 
@@ -108,6 +107,8 @@ def _second_moment(X: Any, block_bytes: int) -> Array:
 
 
 def _solve(F: Array, directions: Array, damping: float) -> Array:
+    from scipy.linalg import LinAlgError, LinAlgWarning, solve
+
     # a pool of zeros has no scale, and whatever is added scores 0
     F.flat[:: len(F) + 1] += damping * F.trace() / len(F) or 1.0
     try:

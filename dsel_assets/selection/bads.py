@@ -26,10 +26,11 @@ from dsel_assets.data.examples import Examples
 from dsel_assets.models.tap import Tap
 from dsel_assets.selection.chain import Chain, Data, Member, Settings, examine, network_scores
 from dsel_assets.selection.guards import Neighbourhood, guards
-from dsel_assets.selection.interface import Choice, Needs, Selection, Selector, State
+from dsel_assets.selection.interface import Choice, Selection, Selector, State
 from dsel_assets.selection.posterior import Floats, Singles, merge, rank_correlation
 from dsel_assets.selection.scored import first_of_each
 from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.strategies import STRATEGIES
 from dsel_assets.selection.weighting import logit
 
 Ints = NDArray[np.int64]
@@ -282,11 +283,7 @@ class Bads(Selector):
     killed go on from their last checkpoint.
     """
 
-    name = "bads"
-    version = 2
-    needs = Needs.TARGET | Needs.LABELS | Needs.MODEL
-    warms = True
-    aim = "weight_at_the_end"
+    traits = STRATEGIES["bads"]
 
     def __init__(
         self,
@@ -346,11 +343,9 @@ class Bads(Selector):
             spent=seconds,
         )
 
-    def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
-    ) -> float | None:
-        """Mean weight of these ids as the chains ended; a weight network keeps none."""
-        known = np.isin(own.state["ids"], ids)
+    def objective(self, chosen: Examples, target: Examples | None, own: Selection) -> float | None:
+        """Mean weight of these examples as the chains ended; a weight network keeps none."""
+        known = np.isin(own.state["ids"], chosen.ids)
         logits = [value[known] for name, value in own.state.items() if name.endswith(".logits")]
         return float(expit(np.array(logits, np.float64)).mean()) if logits else None
 
@@ -391,9 +386,7 @@ class BadsJoint(Bads):
     in the place of a finetuned one. It had the steps of the chain, not those of the finetuning.
     """
 
-    name = "bads_joint"
-    whole = True
-    aim = ""
+    traits = STRATEGIES["bads_joint"]
 
     def size(self, limit: int, rows: int) -> int:
         """All of them."""

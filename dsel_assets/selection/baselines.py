@@ -6,12 +6,13 @@ import numpy as np
 
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.interface import Choice, Selector, State
+from dsel_assets.selection.strategies import STRATEGIES
 
 
 class Random(Selector):
     """A uniform draw without replacement; a smaller budget is a prefix of a larger one."""
 
-    name = "random"
+    traits = STRATEGIES["random"]
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
@@ -23,10 +24,7 @@ class Random(Selector):
 class Full(Selector):
     """The whole pool, whatever the budget."""
 
-    name = "full"
-    nested = False
-    deterministic = True
-    whole = True
+    traits = STRATEGIES["full"]
 
     def size(self, limit: int, rows: int) -> int:
         """All of them."""
@@ -42,9 +40,7 @@ class Full(Selector):
 class TargetOnly(Selector):
     """Nothing from the pool: training then sees the target set alone."""
 
-    name = "target_only"
-    deterministic = True
-    whole = True
+    traits = STRATEGIES["target_only"]
 
     def size(self, limit: int, rows: int) -> int:
         """None of them."""

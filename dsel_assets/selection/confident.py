@@ -17,8 +17,8 @@ from torch import Tensor
 from dsel_assets.data.examples import Examples
 from dsel_assets.finetuning import predict, train
 from dsel_assets.models import Builder
-from dsel_assets.selection.interface import Needs
 from dsel_assets.selection.scored import Ranking, Scored
+from dsel_assets.selection.strategies import STRATEGIES
 
 Quality = Literal["self_confidence", "normalized_margin", "confidence_weighted_entropy"]
 
@@ -88,8 +88,7 @@ class Confident(Scored):
     model learns the wrong ones. Every fold is trained from the base.
     """
 
-    name = "cleanlab"
-    needs = Needs.LABELS | Needs.MODEL
+    traits = STRATEGIES["cleanlab"]
 
     def __init__(
         self,

@@ -20,11 +20,12 @@ from dsel_assets.models import Builder
 from dsel_assets.models.tap import Tap, last_layer
 from dsel_assets.selection.arrays import as_rows
 from dsel_assets.selection.coverage import clusters
-from dsel_assets.selection.interface import Choice, Needs, Selector, State
+from dsel_assets.selection.interface import Choice, Selector, State
 from dsel_assets.selection.kernels import Kernel, Linear, LossGradient, make_kernel
 from dsel_assets.selection.pivoting import Urn
 from dsel_assets.selection.similarity import centred
 from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.strategies import STRATEGIES, Needs
 
 Array = NDArray[Any]
 
@@ -288,9 +289,7 @@ def _squares(X: Array, norms: Array, part: Array) -> Array:
 class KMeansPlusPlus(Selector):
     """k-means++ seeding on gradient sketches."""
 
-    name = "kmeanspp"
-    grows = (1, 1)  # every row again for each pick
-    needs = Needs.SKETCHES | Needs.LABELS
+    traits = STRATEGIES["kmeanspp"]
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
@@ -310,9 +309,7 @@ class Badge(Selector):
     `trainable` is not read.
     """
 
-    name = "badge"
-    grows = (1, 1)  # every row again for each pick
-    needs = Needs.MODEL
+    traits = STRATEGIES["badge"]
 
     def __init__(self, *, model: Builder, trainable: Sequence[str] | None = None) -> None:
         self.model = model
@@ -331,10 +328,7 @@ class Badge(Selector):
 class TypiClust(Selector):
     """TypiClust on gradient sketches, centred on the pool and of unit norm."""
 
-    name = "typiclust"
-    grows = (1, 1)  # every row again for each pick
-    needs = Needs.SKETCHES | Needs.LABELS
-    nested = False
+    traits = STRATEGIES["typiclust"]
 
     def __init__(self, *, neighbours: int = 20, most_clusters: int = 500, small: int = 5) -> None:
         self.neighbours, self.most_clusters, self.small = neighbours, most_clusters, small
@@ -362,10 +356,7 @@ class ProbCover(Selector):
     k-means clusters, as many as the pool has labels.
     """
 
-    name = "probcover"
-    grows = (2, 0)  # every pair of rows
-    needs = Needs.SKETCHES | Needs.LABELS
-    deterministic = True
+    traits = STRATEGIES["probcover"]
 
     def __init__(self, *, delta: float | None = None) -> None:
         self.delta = delta
@@ -384,16 +375,13 @@ class ProbCover(Selector):
 class Facility(Selector):
     """Facility location over the pool, by gradient sketches, centred and of unit norm."""
 
-    name = "facility"
-    grows = (2, 0)  # every pair of rows
-    needs = Needs.SKETCHES | Needs.LABELS
-    deterministic = True
+    traits = STRATEGIES["facility"]
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
         """The n picks in order, with what each gains."""
-        if Needs.TARGET in self.needs:
+        if Needs.TARGET in self.traits.needs:
             assert target is not None
             rows, clients = centred(pool, target)
         else:
@@ -405,5 +393,4 @@ class Facility(Selector):
 class FacilityTarget(Facility):
     """Facility location over the targets: each is to have a pick that is like it."""
 
-    name = "facility_target"
-    needs = Facility.needs | Needs.TARGET
+    traits = STRATEGIES["facility_target"]

@@ -14,12 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.arrays import as_blocks, as_rows
-from dsel_assets.selection.interface import Choice, Needs, Selector, State
+from dsel_assets.selection.interface import Choice, Selector, State
 from dsel_assets.selection.moments import intrinsic_dimension, second_moment
 from dsel_assets.selection.passes import products
 from dsel_assets.selection.pivoting import Span, Urn
 from dsel_assets.selection.rounding import round_weights
 from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.strategies import STRATEGIES
 
 Array = NDArray[Any]
 
@@ -130,9 +131,7 @@ def _squared_norms(rows: Array) -> Array:
 class KCenter(Selector):
     """Greedy k-center: covers the pool, outliers first."""
 
-    name = "kcenter"
-    grows = (1, 1)  # every row again for each pick
-    needs = Needs.SKETCHES | Needs.LABELS
+    traits = STRATEGIES["kcenter"]
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
@@ -146,10 +145,7 @@ class KCenter(Selector):
 class Herding(Selector):
     """Herding: follows the mean of the pool."""
 
-    name = "herding"
-    grows = (1, 1)  # every row again for each pick
-    needs = Needs.SKETCHES | Needs.LABELS
-    deterministic = True
+    traits = STRATEGIES["herding"]
 
     def __init__(self, *, form: Literal["original", "published"] = "original") -> None:
         self.form = form
@@ -169,9 +165,7 @@ class Herding(Selector):
 class Adaptive(Selector):
     """Adaptive sampling by what is not spanned yet."""
 
-    name = "adaptive"
-    grows = (1, 1)  # every row again for each pick
-    needs = Needs.SKETCHES | Needs.LABELS
+    traits = STRATEGIES["adaptive"]
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
@@ -184,8 +178,7 @@ class Adaptive(Selector):
 class Leverage(Selector):
     """Sampling without replacement in proportion to leverage scores."""
 
-    name = "leverage"
-    needs = Needs.SKETCHES | Needs.LABELS
+    traits = STRATEGIES["leverage"]
 
     def __init__(self, *, ridge: float | None = None) -> None:
         self.ridge = ridge

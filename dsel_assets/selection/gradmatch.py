@@ -10,7 +10,8 @@ import numpy as np
 
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.attribution import attribution
-from dsel_assets.selection.interface import Choice, Floats, Ints, Needs, Selector, State
+from dsel_assets.selection.interface import Choice, Floats, Ints, Selector, State
+from dsel_assets.selection.strategies import STRATEGIES
 
 ROUNDING = 1e-12  # scores that differ by less than this share of the largest count as equal
 
@@ -33,10 +34,7 @@ class Gradmatch(Selector):
       one subtask can fill the budget; here each class, in the place of a subtask, has its share.
     """
 
-    name = "gradmatch"
-    version = 1
-    needs = Needs.SKETCHES | Needs.TARGET | Needs.LABELS
-    deterministic = True
+    traits = STRATEGIES["gradmatch"]
 
     def __init__(
         self, *, how: str = "cosine", round_robin: bool = True, damping: float = 0.1
@@ -64,6 +62,9 @@ class Gradmatch(Selector):
                 "nearest_cosine": cosines.max(1),
             },
             {"mean_score": float(found.mean()), "lowest_score": float(found.min())},
+            # A row's scores do not change as others come, and who was not picked then is not now;
+            # but trak's do, by the Fisher matrix of the pool.
+            {} if self.how == "trak" else {"ids": pool.ids[rows]},
         )
 
 

@@ -7,30 +7,22 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Flag, auto
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.strategies import Needs, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 State = Mapping[str, NDArray]
-
-
-class Needs(Flag):
-    """What a strategy reads beside the ids of the pool."""
-
-    NOTHING = 0
-    SKETCHES = auto()
-    TARGET = auto()
-    LABELS = auto()
-    MODEL = auto()
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,8 @@ class Constraints:
 
 
 NONE = Constraints()
+PASSED = "passed_over"  # in the state of a strategy that follows: some ids that it did not keep
+FEW = 32
 TRIES = 6  # selections that look for the size that a cost budget pays for
 READS = {"sketches": Needs.SKETCHES, "inputs": Needs.MODEL}  # arrays that a score is made of
 
@@ -113,29 +107,18 @@ class Selector(ABC):
 
     scratch: Path | None = None
 
-    name: ClassVar[str]
-    version: ClassVar[int] = 1  # of its code: a higher one makes its earlier selections stale
-    needs: ClassVar[Needs] = Needs.NOTHING
-    nested: ClassVar[bool] = True  # is a smaller budget a prefix of a larger one?
-    deterministic: ClassVar[bool] = False  # does the seed change nothing?
-    whole: ClassVar[bool] = False  # does the budget change nothing?
-    warms: ClassVar[bool] = False  # is a re-selection better off going on from the last one?
-    aim: ClassVar[str] = ""  # what `objective` is called; "" where it can't tell
-    lower: ClassVar[bool] = False  # is a smaller objective better?
-    grows: ClassVar[tuple[int, int]] = (1, 0)  # powers of the pool's and the budget's size: time
+    traits: ClassVar[Strategy]
 
-    @classmethod
-    def work(cls, rows: int, n: int) -> float:
-        """How its time grows with the pool and the budget, up to a factor."""
-        return float(rows) ** cls.grows[0] * float(n) ** cls.grows[1]
+    @property
+    def name(self) -> str:
+        """What the strategy is called."""
+        return self.traits.name
 
-    def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
-    ) -> float | None:
-        """How good these ids of the pool are, whoever chose them, by what this strategy aims at.
+    def objective(self, chosen: Examples, target: Examples | None, own: Selection) -> float | None:
+        """How good these examples are, whoever chose them, by what this strategy aims at.
 
-        own: its selection from this pool, so that other ids are judged by the same measure. None
-        where it has no such number.
+        own: its selection from the pool that they are of, so that other examples are judged by the
+        same measure. None where it has no such number.
         """
         return None
 
@@ -169,7 +152,7 @@ class Selector(ABC):
         parts = []
         for part in np.flatnonzero(strata.counts):
             rows, n = np.flatnonzero(strata.of == part), int(strata.counts[part])
-            if n == len(rows) and not self.nested:
+            if n == len(rows) and not self.traits.nested:
                 parts.append((rows, Choice(np.arange(n))))
             else:
                 found = self.choose(pool.take(rows), target, n, seed=seed, warm=warm)
@@ -198,6 +181,9 @@ class Selector(ABC):
     ) -> Selection:
         """Choose within the budget.
 
+        warm: the state of an earlier selection. A strategy that `follows` is then handed, instead
+        of the pool, the examples that the state names and those that have come since.
+
         ValueError for an empty pool, repeated ids, a negative or fractional budget, something
         needed that is not there, a non-finite row (named), and for a constraint that this strategy
         can't honour.
@@ -207,6 +193,12 @@ class Selector(ABC):
         order = np.argsort(pool.ids, kind="stable")
         pool = pool.take(order[~np.isin(pool.ids[order], sorted(constraints.forbidden))])
         self._check(pool, target, constraints)
+        followed = warm is not None and self.traits.follows
+        if warm is not None and followed and np.isin(warm[PASSED], pool.ids).any():
+            raise ValueError(
+                f"{self.name} goes on from an earlier selection: hand in the examples that its "
+                "state names and those that have come since, without what was passed over"
+            )
         if budget.cost is not None and constraints.quotas:
             raise ValueError(f"{self.name} can't honour quotas under a cost budget")
         limit = self._limit(budget, len(pool))
@@ -225,13 +217,13 @@ class Selector(ABC):
         def choose(of: Examples, n: int) -> Choice:
             if n == 0:
                 return Choice(np.array([], dtype=np.int64))
-            if n == len(of) and not self.nested:
+            if n == len(of) and not (self.traits.nested or followed):
                 return Choice(np.arange(n))
             if strata is not None:
                 return self.choose_within(of, target, strata, seed=seed, warm=warm)
             return self.choose(of, target, n, seed=seed, warm=warm)
 
-        if budget.cost is None or self.whole:
+        if budget.cost is None or self.traits.whole:
             choice = choose(pool.take(rest), n)
         else:
             costs = column_of(pool, budget.cost).astype(np.float64)
@@ -253,6 +245,12 @@ class Selector(ABC):
         seconds = time.perf_counter() - started + choice.spent
         scores = {name: _after(len(first), column) for name, column in choice.scores.items()}
         weights = np.ones(len(choice.rows)) if choice.weights is None else choice.weights
+        state = choice.state
+        if state and self.traits.follows:
+            passed = pool.ids[~np.isin(pool.ids, state["ids"])]
+            state = {**state, PASSED: passed[:FEW]}
+            if warm is not None:
+                state[PASSED] = np.append(warm[PASSED], passed)[:FEW]
         return Selection(
             ids=pool.ids[rows],
             weights=np.append(np.ones(len(first)), weights),
@@ -262,7 +260,7 @@ class Selector(ABC):
                 **({"stopped": fewer} if choice.stopped else {}),
                 "seconds": seconds,
             },
-            state=choice.state,
+            state=state,
             model=choice.model,
         )
 
@@ -282,7 +280,7 @@ class Selector(ABC):
         best, low, high = choose(pool, 0), 0, most + 1
         size = min(most, int(1.25 * limit / max(costs.mean(), 1e-300)) + 1) if most else 0
         tries, spent_before = 0, None
-        while high - low > 1 and (self.nested or tries < TRIES or low == 0):
+        while high - low > 1 and (self.traits.nested or tries < TRIES or low == 0):
             tries += 1
             found = choose(pool, size)
             # later tries rest on work that the first one did within this call
@@ -294,12 +292,12 @@ class Selector(ABC):
                 if found.stopped and len(found.rows) < size:
                     return replace(best, spent=spent_before)
             else:
-                high = fits + 1 if self.nested else size
-            if self.nested and fits < size:
+                high = fits + 1 if self.traits.nested else size
+            if self.traits.nested and fits < size:
                 size = fits
             else:
                 guess = int(size * limit / spent[-1]) if spent[-1] > 0 else most
-                grown = 2 * size if self.nested else low + 1
+                grown = 2 * size if self.traits.nested else low + 1
                 size = min(max(guess, grown, low + 1), high - 1)
         return replace(best, spent=spent_before or 0.0, stopped=False)
 
@@ -309,7 +307,7 @@ class Selector(ABC):
         """The quotas over the rows that are not required; those count towards them."""
         if not constraints.quotas:
             return None
-        if self.whole or len(constraints.quotas) > 1:
+        if self.traits.whole or len(constraints.quotas) > 1:
             raise ValueError(f"{self.name} can't honour quotas ({', '.join(constraints.quotas)})")
         [(column, quotas)] = constraints.quotas.items()
         whole = Strata.of_quotas(column, column_of(pool, column), quotas, size)
@@ -340,12 +338,12 @@ class Selector(ABC):
         if missing:
             raise ValueError(f"required ids are not in the pool: {', '.join(sorted(missing)[:5])}")
         read = {"pool": pool}
-        if Needs.TARGET in self.needs:
+        if Needs.TARGET in self.traits.needs:
             if target is None or len(target) == 0:
                 raise ValueError(f"{self.name} needs a target set, and there is none")
             read["target"] = target
         for what, examples in read.items():
-            for part in (part for part, need in READS.items() if need in self.needs):
+            for part in (part for part, need in READS.items() if need in self.traits.needs):
                 if getattr(examples, part) is None:
                     raise ValueError(f"{self.name} needs {part} of the {what}")
                 refuse_non_finite(getattr(examples, part), examples.ids, what)

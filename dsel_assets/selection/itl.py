@@ -10,6 +10,7 @@ beforehand.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -22,17 +23,19 @@ from tqdm import tqdm
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.acquisition import RULES, Rule
 from dsel_assets.selection.arrays import CHUNK, as_rows, chunks
-from dsel_assets.selection.interface import Choice, Needs, Selection, Selector, State
+from dsel_assets.selection.interface import Choice, Selection, Selector, State
 from dsel_assets.selection.kernels import Kernel, Linear, make_kernel
 from dsel_assets.selection.nearest import nearest
 from dsel_assets.selection.posterior_trackers import Posterior, Start, follow
-from dsel_assets.selection.similarity import centred
+from dsel_assets.selection.similarity import centre_of, centred
 from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.strategies import STRATEGIES
 
 Array = NDArray[Any]
 
 FORMS = ("paper", "library")
 TIE = 1e-12  # scores that differ by less are equal: which is larger is up to rounding
+SHOWN = 6  # decimals of a cosine
 DISPLACED = 3  # ids that a pick is shown to have made redundant
 
 
@@ -316,6 +319,7 @@ def _greedy(
             gain = task.gain(step.variances)
             if until.refuses(len(indices) + 1, gain, posterior.target_variance):
                 break
+            others = room.open & (np.arange(len(X)) != p) if displaced else room.open
             room.close(p)
             indices.append(p)
             gains.append(gain)
@@ -323,7 +327,7 @@ def _greedy(
             variances.append(np.maximum(posterior.target_variance, 0.0))
             if displaced:
                 fall = rule.worth(scores) - rule.worth(rule.scores())
-                fallen.append(_largest(np.where(room.open, fall, 0.0), displaced))
+                fallen.append(_largest(np.where(others, fall, 0.0), displaced))
             bar.update()
     return Informative(
         np.array(indices, np.int64),
@@ -393,16 +397,14 @@ class Itl(Selector):
 
     Centring takes out the direction that all gradients share, unit norm the bias towards examples
     with large gradients, among them those with wrong labels. The choice is exact: no seed enters.
-    Quotas close a full part and leave the rest to the rule. A warm start keeps what was chosen
-    before and goes on from there.
+    Quotas close a full part and leave the rest to the rule.
+
+    After an arrival, what was chosen before and what has come since compete anew, centred and with
+    the noise as before; of the rest nothing is looked at. So a pick stays until a new example is
+    worth more, and without new ones nothing changes.
     """
 
-    name = "itl"
-    grows = (1, 1)  # every row again for each pick
-    version = 2
-    needs = Needs.SKETCHES | Needs.TARGET | Needs.LABELS
-    deterministic = True
-    aim = "information_nats"
+    traits = STRATEGIES["itl"]
 
     def __init__(
         self,
@@ -416,13 +418,24 @@ class Itl(Selector):
     ) -> None:
         self.rule, self.form, self.noise = rule, form, noise
         self.kernel, self.preselect = kernel, preselect
+        self._largest: tuple[Examples, Examples, Choice, float] | None = None
         self.until = None if until is None else Until(**until)
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
     ) -> Choice:
-        """As within one part."""
-        return self.choose_within(pool, target, Strata.whole(len(pool), n), seed=seed, warm=warm)
+        """As within one part; a smaller choice is the beginning of a larger that was just made."""
+        assert target is not None
+        if self._largest is not None and warm is None:
+            known_pool, known_target, larger, seconds = self._largest
+            if known_pool is pool and known_target is target and n <= len(larger.rows):
+                return self._beginning(larger, n, seconds)
+        started = time.perf_counter()
+        strata = Strata.whole(len(pool), n)
+        found = self.choose_within(pool, target, strata, seed=seed, warm=warm)
+        if warm is None and self.preselect is None:
+            self._largest = pool, target, found, time.perf_counter() - started
+        return found
 
     def choose_within(
         self,
@@ -442,68 +455,89 @@ class Itl(Selector):
         With `until` there may be fewer picks than the budget allows.
         """
         assert target is not None
-        candidates, targets = centred(pool, target)
+        centre = centre_of(pool) if warm is None else warm["centre"]
+        candidates, targets = centred(pool, target, centre=centre)
         kernel = make_kernel(self.kernel)
+        noise = self._noise(kernel, candidates) if warm is None else float(warm["noise"])
         found = select_informative(
             candidates,
             targets,
             strata.n,
             rule=self.rule,
             form=self.form,
-            noise=self._noise(candidates),
+            noise=noise,
             kernel=kernel,
-            required=_kept(pool.ids, strata, warm),
             strata=strata,
             until=self.until,
             preselect=self.preselect,
             displaced=DISPLACED,
         )
-        cosines = candidates[found.indices] @ targets.T
+        cosines = candidates[found.indices].astype(np.float64) @ targets.T.astype(np.float64)
+        # products of other shapes round otherwise, and a choice must not depend on how it was made
+        cosines = np.round(cosines, SHOWN)
         prior = float(kernel.diagonal(targets).mean())
         variance = found.target_variance / (prior or 1.0)
         left, worst = variance.mean(1), variance.max(1)
+        scores = {
+            "gain": found.gains,
+            "nearest_target": target.ids[cosines.argmax(1)],
+            "nearest_cosine": cosines.max(1),
+            "variance_removed": -np.diff(left, prepend=float(prior > 0)),
+            "variance_left": left,
+            "worst_variance_left": worst,
+            "displaced": np.array(
+                [", ".join(pool.ids[row[row >= 0]]) for row in found.displaced], dtype=np.str_
+            ),
+        }
+        said = {} if self.preselect is None else {"missed": _largest_of(found.missed)}
         return Choice(
             found.indices,
-            {
-                "gain": found.gains,
-                "nearest_target": target.ids[cosines.argmax(1)],
-                "nearest_cosine": cosines.max(1).astype(np.float64),
-                "variance_removed": -np.diff(left, prepend=float(prior > 0)),
-                "variance_left": left,
-                "worst_variance_left": worst,
-                "displaced": np.array(
-                    [", ".join(pool.ids[row[row >= 0]]) for row in found.displaced], dtype=np.str_
-                ),
-            },
-            {
-                "information_nats": float(found.gains.sum()),
-                "picks": len(found.indices),
-                "variance_left": float(left[-1]) if len(left) else float(prior > 0),
-                "worst_variance_left": float(worst[-1]) if len(worst) else float(prior > 0),
-                **({} if self.preselect is None else {"missed": _largest_of(found.missed)}),
-            },
-            {"ids": pool.ids[found.indices]},
+            scores,
+            _said_of(scores, float(prior > 0)) | said,
+            {"ids": pool.ids[found.indices], "centre": centre, "noise": np.array(noise)},
             stopped=self.until is not None,
         )
 
-    def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
-    ) -> float:
-        """Nats that noisy observations at these ids tell about noisy ones at the targets.
+    def _beginning(self, larger: Choice, n: int, seconds: float) -> Choice:
+        """The first n picks of a larger choice, which took so many seconds."""
+        scores = {name: column[:n] for name, column in larger.scores.items()}
+        return replace(
+            larger,
+            rows=larger.rows[:n],
+            scores=scores,
+            diagnostics=_said_of(scores, 0.0),
+            state={**larger.state, "ids": larger.state["ids"][:n]},
+            spent=seconds,
+        )
+
+    def objective(self, chosen: Examples, target: Examples | None, own: Selection) -> float | None:
+        """Nats that noisy observations of these tell about noisy ones at the targets.
 
         Whatever the rule is: it is the sum of the gains, in any order (chain rule).
         """
+        if not own.state:
+            return None
         assert target is not None
-        candidates, targets = centred(pool, target)
-        kernel, rows = make_kernel(self.kernel), candidates[np.isin(pool.ids, ids)]
-        noise = self._noise(candidates) or float(kernel.diagonal(candidates).mean())
+        kernel, noise = make_kernel(self.kernel), float(own.state["noise"])
+        rows, targets = centred(chosen, target, centre=own.state["centre"])
         parts = rows, targets, np.concatenate([rows, targets])
         alone, about, together = (_log_determinant(kernel, part, noise) for part in parts)
         return (alone + about - together) / 2
 
-    def _noise(self, candidates: Array) -> float | None:
+    def _noise(self, kernel: Kernel, candidates: Array) -> float:
         # equal rows say nothing and have no norm to take the noise from: any noise will do
-        return self.noise if self.noise or candidates.any() else 1.0
+        own = [kernel.diagonal(part) for part in chunks(candidates)]
+        return self.noise or float(np.concatenate(own).mean()) or 1.0
+
+
+def _said_of(scores: Mapping[str, Array], at_first: float) -> dict[str, Any]:
+    """Diagnostics of picks with these scores; at_first: the variance left before any."""
+    left = {name: scores[name] for name in ("variance_left", "worst_variance_left")}
+    return {
+        "information_nats": float(scores["gain"].sum()),
+        "picks": len(scores["gain"]),
+        **{name: float(of[-1]) if len(of) else at_first for name, of in left.items()},
+    }
 
 
 def _log_determinant(kernel: Kernel, rows: Array, noise: float) -> float:
@@ -518,16 +552,3 @@ def _log_determinant(kernel: Kernel, rows: Array, noise: float) -> float:
 
 def _largest_of(values: Array) -> float:
     return float(values.max(initial=0.0))
-
-
-def _kept(ids: NDArray[np.str_], strata: Strata, warm: State | None) -> Array:
-    """Rows of an earlier choice that are still there and fit in, in its order."""
-    if warm is None:
-        return np.empty(0, np.int64)
-    place = {name: row for row, name in enumerate(ids.tolist())}
-    rows = np.array([place[name] for name in warm["ids"].tolist() if name in place], np.int64)
-    fits = [
-        np.count_nonzero(strata.of[rows[:i]] == part) < strata.counts[part]
-        for i, part in enumerate(strata.of[rows])
-    ]
-    return rows[np.array(fits, bool)]

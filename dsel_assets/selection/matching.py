@@ -76,6 +76,7 @@ def match_moments(
     max_iterations: int = 2000,
     strata: Strata | None = None,
     start: ArrayLike | None = None,
+    moment: ArrayLike | None = None,
     progress: bool = False,
 ) -> MomentMatch:
     """Probabilities s with which n of N examples match the pool's moment in its eigenbasis.
@@ -101,6 +102,7 @@ def match_moments(
         strata: quotas: the sum of s over each part is its share of n.
         start: [N] weights to stay near, as of an earlier solution with 0 for new examples; the
             nearest feasible ones are the start.
+        moment: [m, m] of the pool, where these are only some of its sketches.
         progress: show a bar.
 
     Raises:
@@ -123,7 +125,7 @@ def match_moments(
     if s.shape != (N,) or not np.isfinite(s).all():
         raise ValueError(f"start has shape {s.shape}; it must be one finite weight for each of {N}")
 
-    P, mean, unit = energies(blocks)
+    P, mean, unit = energies(blocks, None if moment is None else np.asarray(moment, np.float64))
     target = mean / c
     problem = _Problem(P, target, feasible)
     _warn(problem, blocks.shape, n, c)
@@ -151,21 +153,23 @@ def match_moments(
     )
 
 
-def energies(blocks: Array) -> tuple[Array, Array, float]:
-    """Squared coordinates of examples [N, k, m] in the eigenbasis of their second moment.
+def energies(blocks: Array, moment: Array | None = None) -> tuple[Array, Array, float]:
+    """Squared coordinates of examples [N, k, m] in the eigenbasis of a second moment, their own.
 
     Returns:
-        P [N, r] in units of the largest eigenvalue and the dtype of the blocks, its mean [r] in
-        float64 (the eigenvalues, ascending, in that unit), and the unit.
+        P [N, r] in units of the largest eigenvalue and the dtype of the blocks, the eigenvalues
+        [r] in float64, ascending, in that unit (of their own moment they are P's mean, as
+        rounded), and the unit.
 
     Raises:
         ValueError: all zero.
     """
-    eigenvalues, V = np.linalg.eigh(second_moment(blocks))
+    eigenvalues, V = np.linalg.eigh(second_moment(blocks) if moment is None else moment)
     unit = float(eigenvalues[-1])
     if not unit > 0:
         raise ValueError("the sketches are all zero: there is no moment to match")
-    V = V[:, eigenvalues > RANK_TOLERANCE * unit] / np.sqrt(unit)
+    present = eigenvalues > RANK_TOLERANCE * unit
+    V = V[:, present] / np.sqrt(unit)
     P = np.empty((len(blocks), V.shape[1]), blocks.dtype)
     total, done = np.zeros(V.shape[1]), 0
     for part in arrays.chunks(blocks):
@@ -173,7 +177,7 @@ def energies(blocks: Array) -> tuple[Array, Array, float]:
         into[:] = np.square(part.astype(np.float64) @ V).sum(1)
         total += into.sum(0, dtype=np.float64)
         done += len(part)
-    return P, total / len(P), unit
+    return P, total / len(P) if moment is None else eigenvalues[present] / unit, unit
 
 
 def _start(N: int, n: int, seed: int) -> Array:

@@ -71,6 +71,7 @@ def select_sequential(
     required: ArrayLike = (),
     start: ArrayLike | None = None,
     worth: float = 1.0,
+    moment: ArrayLike | None = None,
     progress: bool = False,
 ) -> Sequential:
     """Choose n examples so that tr(Sigma Sigma_S^-1) is small.
@@ -99,6 +100,7 @@ def select_sequential(
         required: [.] indices that are chosen first and never exchanged.
         start: [.] indices of an earlier selection.
         worth: how many more examples an exchange must be worth.
+        moment: [m, m] Sigma, where these are only some of the pool's sketches.
         progress: show a bar.
 
     Raises:
@@ -119,7 +121,7 @@ def select_sequential(
     if (np.bincount(strata.of[fixed], minlength=len(strata.counts)) > strata.counts).any():
         raise ValueError(f"{len(fixed)} examples are required, more than n or a quota allows")
 
-    moment = second_moment(G)
+    moment = second_moment(G) if moment is None else np.asarray(moment, np.float64)
     rng = np.random.default_rng([seed, 2])
     urn = Urn(strata, rng, sampler, temperature)
     span = Span(G, moment, urn)
@@ -205,6 +207,17 @@ class Design:
         self.chosen += rows
         return self._change(rows, 1.0)
 
+    def costs_beside(self, rows: Array, white: Array, u: Array) -> Array:
+        """What dropping each of these examples adds to tr M once u, as of `_step`, is in.
+
+        rows: [c] of the pool, white: [c, k, d] the same whitened. Of A and B, which `weigh` keeps
+        for all rows, no inner product with M is left to do.
+        """
+        v = u @ self.inverse - 0.5 * (u @ u.T) @ u
+        X, W = white @ u.T, white @ v.T
+        A, B = self._A[rows] - X @ X.mT, self._B[rows] - X @ W.mT - W @ X.mT
+        return _costs(A, B)
+
     def drop(self, row: int) -> None:
         """Take a chosen row out."""
         self.chosen.remove(row)
@@ -256,13 +269,19 @@ def _step(inverse: Array, rows: Array, sign: float) -> Array:
     return found
 
 
-def _costs(inverse: Array, rows: Array) -> Array:
-    """What dropping each example [c, k, d] adds to tr M; infinite if a direction is lost."""
-    moved = rows @ inverse
-    left = np.eye(rows.shape[1]) - moved @ rows.mT
-    costs = np.full(len(rows), np.inf)
-    can = np.linalg.eigvalsh(left)[:, 0] > ESSENTIAL
-    costs[can] = np.linalg.solve(left[can], moved[can] @ moved[can].mT).trace(axis1=1, axis2=2)
+def _costs(A: Array, B: Array) -> Array:
+    """What dropping each example adds to tr M; infinite if a direction is lost.
+
+    A = ZMZ' and B = ZMMZ' of the examples Z [c, k, d]: [c, k, k].
+    """
+    costs = np.full(len(A), np.inf)
+    left = np.eye(A.shape[1]) - A
+    if A.shape[1] == 1:  # without a call of LAPACK for each
+        can = left[:, 0, 0] > ESSENTIAL
+        costs[can] = B[can, 0, 0] / left[can, 0, 0]
+    else:
+        can = np.linalg.eigvalsh(left)[:, 0] > ESSENTIAL
+        costs[can] = np.linalg.solve(left[can], B[can]).trace(axis1=1, axis2=2)
     return costs
 
 
@@ -280,7 +299,9 @@ def _fitting(rows: Array, fixed: int, of: Array, counts: Array) -> Array:
         free = (kept >= fixed) & (over[of[kept]] if over.any() else len(kept) > room)
         if not free.any():
             return kept
-        costs = np.where(free, _costs(inverse, rows[kept]), np.inf)
+        moved = rows[kept] @ inverse
+        costs = _costs(moved @ rows[kept].mT, moved @ moved.mT)
+        costs = np.where(free, costs, np.inf)
         place = int(np.argmin(costs))
         if np.isfinite(costs[place]):
             u = _step(inverse, rows[kept[place]], -1.0)
@@ -314,27 +335,28 @@ def _exchange(
     design.weigh(urn)
     parts = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
     added: dict[int, float] = {}
+    free = np.setdiff1d(design.chosen, fixed)
+    white = design.white(free)
     while True:
-        chosen = np.array(design.chosen)
-        free = chosen[~np.isin(chosen, fixed)]
-        best, come, go = share * design.size, -1, -1
+        best, come, place = share * design.size, -1, -1
         for part, rows in enumerate(parts):
-            members = free[of[free] == part]
-            candidate = int(rows[np.argmax(urn.scores[rows])]) if len(members) else -1
+            inside = np.flatnonzero(of[free] == part)
+            candidate = int(rows[np.argmax(urn.scores[rows])]) if len(inside) else -1
             if candidate < 0 or urn.scores[candidate] <= best:
                 continue
             u = _step(design.inverse, design.white(candidate), 1.0)
-            costs = _costs(design.inverse - u.T @ u, design.white(members))
+            costs = design.costs_beside(free[inside], white[inside], u)
             cheapest = int(np.argmin(costs))
             net = float(np.square(u).sum() - costs[cheapest])
             if net > best:
-                best, come, go = net, candidate, int(members[cheapest])
+                best, come, place = net, candidate, int(inside[cheapest])
         if come < 0:
             return added
         urn.take(np.array([come]))
-        urn.put_back(go)
+        urn.put_back(int(free[place]))
         added |= dict(zip([come], design.add([come]), strict=True))
-        design.drop(go)
+        design.drop(int(free[place]))
+        free[place], white[place] = come, design.white(come)
 
 
 def _indices(values: ArrayLike, size: int, name: str) -> Array:

@@ -15,9 +15,10 @@ from dsel_assets.data.examples import Examples
 from dsel_assets.models import Builder
 from dsel_assets.selection.arrays import directions
 from dsel_assets.selection.attribution import attribution
-from dsel_assets.selection.interface import Choice, Needs, Selector, State
+from dsel_assets.selection.interface import Choice, Selector, State
 from dsel_assets.selection.scored import first_of_each
 from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.strategies import STRATEGIES
 from dsel_assets.selection.uncertainty import Entropy
 
 Floats = NDArray[np.float64]
@@ -25,14 +26,26 @@ Floats = NDArray[np.float64]
 DECIMALS = 12  # of a cosine: what is below is rounding, and would order equal rows
 
 
-def centred(pool: Examples, *others: Examples) -> list[NDArray[np.float32]]:
+def centred(
+    pool: Examples, *others: Examples, centre: Floats | None = None
+) -> list[NDArray[np.float32]]:
     """Sketches [., D] of the pool and of others, centred on the pool's mean, then of unit norm.
 
     Several rows an example, [., k, D], become one. Rows at the mean become zeros.
+    centre: [D], a pool's mean, where these are only a part of it.
     """
-    rows = [np.asarray(part.sketches).reshape(len(part), -1) for part in (pool, *others)]
-    centre = rows[0].mean(0, dtype=np.float64)
-    return [directions(part, centre) for part in rows]
+    centre = centre_of(pool) if centre is None else centre
+    return [directions(_rows(part), centre) for part in (pool, *others)]
+
+
+def centre_of(pool: Examples) -> Floats:
+    """[D] mean of the sketches; several rows an example, [., k, D], count as one."""
+    found: Floats = _rows(pool).mean(0, dtype=np.float64)
+    return found
+
+
+def _rows(examples: Examples) -> NDArray[np.floating]:
+    return np.asarray(examples.sketches).reshape(len(examples), -1)
 
 
 def mean_cosine(candidates: ArrayLike, targets: ArrayLike) -> Floats:
@@ -67,9 +80,7 @@ class Cosine(Selector):
     Of gradient sketches, centred on the pool as in `Itl`.
     """
 
-    name = "cosine"
-    needs = Needs.SKETCHES | Needs.TARGET | Needs.LABELS
-    deterministic = True
+    traits = STRATEGIES["cosine"]
 
     def choose(
         self, pool: Examples, target: Examples | None, n: int, *, seed: int, warm: State | None
@@ -107,8 +118,7 @@ class InformationDensity(Cosine):
     Nothing is trained, so that `trainable` is not read.
     """
 
-    name = "information_density"
-    needs = Cosine.needs | Needs.MODEL
+    traits = STRATEGIES["information_density"]
 
     def __init__(
         self, *, model: Builder, trainable: Sequence[str] | None = None, beta: float = 1.0

@@ -11,6 +11,8 @@ weights: the weights here are probabilities of being selected.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from dsel_assets.data.examples import Examples
 from dsel_assets.selection.arrays import as_blocks, as_rows
 from dsel_assets.selection.coverage import clusters, covered
-from dsel_assets.selection.interface import Choice, Needs, Selection, Selector, State
+from dsel_assets.selection.interface import Choice, Selection, Selector, State
 from dsel_assets.selection.matching import match_moments
 from dsel_assets.selection.moments import (
     compare_moments,
@@ -30,10 +32,12 @@ from dsel_assets.selection.moments import (
 from dsel_assets.selection.rounding import round_weights
 from dsel_assets.selection.sequential import select_sequential
 from dsel_assets.selection.strata import Strata
+from dsel_assets.selection.strategies import STRATEGIES
 
 Array = NDArray[Any]
 
 SOLVERS = ("auto", "sequential", "convex")
+UNIFORM = "uniform_"
 DRAWS = 20  # uniform subsets that a selection is held against
 
 
@@ -73,16 +77,14 @@ def select_matching(
 
 
 class Skmm(Selector):
-    """Moment matching on gradient sketches: sequential, or sampled from the convex solution."""
+    """Moment matching on gradient sketches: sequential, or sampled from the convex solution.
 
-    name = "skmm"
-    grows = (1, 1)  # every row again for each pick
-    version = 2
-    needs = Needs.SKETCHES | Needs.LABELS
-    nested = False
-    warms = True
-    aim = "trace_score"
-    lower = True
+    After an arrival it stays near what was chosen before: that, and what has come since, is held
+    against the moment of the whole pool, to which the new examples are added. Of the rest nothing
+    is looked at, and the uniform draws are those of the last look at everything.
+    """
+
+    traits = STRATEGIES["skmm"]
 
     def __init__(
         self,
@@ -112,16 +114,21 @@ class Skmm(Selector):
         seed: int,
         warm: State | None,
     ) -> Choice:
-        """The same under quotas: they bind the subset, and its moment is still the pool's.
-
-        A warm start stays near the selection that it goes on from: its state holds ids and weights.
-        """
+        """The same under quotas: they bind the subset, and its moment is still the pool's."""
         assert pool.sketches is not None
-        sketches = reduce_sketches(pool.sketches, strata.n, self.dimension)
+        m = self.dimension if warm is None else len(warm["moment"])
+        sketches = reduce_sketches(pool.sketches, strata.n, m)
+        blocks = as_blocks(sketches, "sketches")
+        if warm is None:
+            whole = _Whole.of(blocks, strata.n, seed)
+        else:
+            whole = _Whole.grown(warm, blocks[~np.isin(pool.ids, warm["ids"])])
         before = None if warm is None else _weights_before(pool.ids, warm)
         if self.solver == "sequential":
             begin = None if before is None else np.flatnonzero(before)
-            found = select_sequential(sketches, strata.n, seed=seed, strata=strata, start=begin)
+            found = select_sequential(
+                sketches, strata.n, seed=seed, strata=strata, start=begin, moment=whole.moment
+            )
             rows, weights = found.indices, np.zeros(len(pool))
             weights[rows] = 1 / strata.n
             scores = {"gain": found.gains}
@@ -131,7 +138,14 @@ class Skmm(Selector):
             }
         else:
             match = match_moments(
-                sketches, strata.n, c=self.c, tol=self.tol, seed=seed, strata=strata, start=before
+                sketches,
+                strata.n,
+                c=self.c,
+                tol=self.tol,
+                seed=seed,
+                strata=strata,
+                start=before,
+                moment=whole.moment,
             )
             weights = match.weights
             rows = round_weights(
@@ -149,24 +163,82 @@ class Skmm(Selector):
                 "iterations": match.iterations,
                 "effective_support": match.support,
             }
-        if before is not None:
+        how |= {"dimension": blocks.shape[-1], **whole.held_against(blocks[rows])}
+        if before is None:
+            how |= _coverage(sketches, whole.moment, pool.labels, rows, seed)
+        else:
             how["kept"] = int(np.count_nonzero(before[rows]))
         held = np.flatnonzero(weights)
         return Choice(
             rows,
             scores,
-            how | _diagnostics(sketches, pool.labels, rows, seed),
-            {"ids": pool.ids[held], "weights": weights[held]},
+            how,
+            {"ids": pool.ids[held], "weights": weights[held], **whole.state},
         )
 
-    def objective(
-        self, pool: Examples, target: Examples | None, ids: NDArray[np.str_], own: Selection
-    ) -> float:
+    def objective(self, chosen: Examples, target: Examples | None, own: Selection) -> float | None:
         """Distance of their moment from the pool's: `trace_score` of `compare_moments`."""
-        assert pool.sketches is not None
-        blocks = as_blocks(reduce_sketches(pool.sketches, len(own.ids), self.dimension), "sketches")
-        chosen = blocks[np.isin(pool.ids, ids)]
-        return compare_moments(chosen, second_moment(blocks), len(blocks))["trace_score"]
+        if not own.state:
+            return None
+        assert chosen.sketches is not None
+        moment = own.state["moment"]
+        reduced = reduce_sketches(chosen.sketches, len(own.ids), len(moment))
+        blocks = as_blocks(reduced, "sketches")
+        return compare_moments(blocks, moment, int(own.state["rows"]))["trace_score"]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The pool that a selection is held against.
+
+    moment: [m, m] Sigma; rows: how many examples it is the mean of.
+    uniform: by name, [DRAWS] of what `compare_moments` says of uniform draws of as many.
+    """
+
+    moment: Array
+    rows: int
+    uniform: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, blocks: Array, n: int, seed: int) -> _Whole:
+        """Of sketches [N, k, m], with draws of n."""
+        moment, rows = second_moment(blocks), len(blocks)
+        found = [compare_moments(blocks[draw], moment, rows) for draw in _draws(rows, n, seed)]
+        return cls(moment, rows, {name: np.array([f[name] for f in found]) for name in found[0]})
+
+    @classmethod
+    def grown(cls, before: State, new: Array) -> _Whole:
+        """The same with more examples, [c, k, m]; the draws stay what they were."""
+        rows = int(before["rows"])
+        total = before["moment"] * rows + (second_moment(new) * len(new) if len(new) else 0)
+        drawn = {
+            name.removeprefix(UNIFORM): values
+            for name, values in before.items()
+            if name.startswith(UNIFORM)
+        }
+        return cls(total / (rows + len(new)), rows + len(new), drawn)
+
+    def held_against(self, chosen: Array) -> dict[str, float]:
+        """How well chosen rows cover it, the median of the draws, and how many do as well.
+
+        A draw does as well if it spans as many directions with no larger trace score.
+        """
+        own = compare_moments(chosen, self.moment, self.rows)
+        drawn = zip(self.uniform["rank"], self.uniform["trace_score"], strict=True)
+        as_good = [(rank, -trace) >= (own["rank"], -own["trace_score"]) for rank, trace in drawn]
+        medians = {f"{UNIFORM}{name}": float(np.median(self.uniform[name])) for name in own}
+        return own | medians | {"uniform_as_good": float(np.mean(as_good))}
+
+    @property
+    def state(self) -> State:
+        """As arrays by name."""
+        drawn = {f"{UNIFORM}{name}": values for name, values in self.uniform.items()}
+        return {"moment": self.moment, "rows": np.array(self.rows), **drawn}
+
+
+def _draws(rows: int, n: int, seed: int) -> Iterator[Array]:
+    rng = np.random.default_rng([seed, 2])
+    return (rng.choice(rows, n, replace=False) for _ in range(DRAWS))
 
 
 def _weights_before(ids: NDArray[np.str_], warm: State) -> Array:
@@ -189,31 +261,15 @@ def _uniforms(ids: NDArray[np.str_], seed: int) -> Array:
     return (keys.astype(np.float64) + 0.5) / 2.0**64
 
 
-def _diagnostics(sketches: Array, labels: Array, rows: Array, seed: int) -> dict[str, Any]:
-    """What the chosen rows cover, the median of uniform draws of as many, and how many do as well.
-
-    A subset does as well if it spans as many directions with no larger trace score.
-    """
-    blocks = as_blocks(sketches, "sketches")
-    moment = second_moment(blocks)
-    parts = intrinsic_dimension(np.linalg.eigvalsh(moment), len(blocks))
-    cluster = clusters(as_rows(sketches, "sketches"), parts)
-
-    def look(chosen: Array) -> dict[str, float]:
-        return compare_moments(blocks[chosen], moment, len(blocks)) | {
-            "classes_covered": covered(labels, chosen),
-            "clusters_covered": covered(cluster, chosen),
-        }
-
-    rng = np.random.default_rng([seed, 2])
-    own = look(rows)
-    uniform = [look(rng.choice(len(blocks), len(rows), replace=False)) for _ in range(DRAWS)]
-    as_good = [
-        (u["rank"], -u["trace_score"]) >= (own["rank"], -own["trace_score"]) for u in uniform
-    ]
-    return {
-        "dimension": blocks.shape[-1],
-        **own,
-        **{f"uniform_{name}": float(np.median([u[name] for u in uniform])) for name in own},
-        "uniform_as_good": float(np.mean(as_good)),
-    }
+def _coverage(
+    sketches: Array, moment: Array, labels: Array, rows: Array, seed: int
+) -> dict[str, float]:
+    """Which share of classes and clusters the chosen rows reach, and the median uniform draw."""
+    parts = intrinsic_dimension(np.linalg.eigvalsh(moment), len(sketches))
+    by = {"classes": labels, "clusters": clusters(as_rows(sketches, "sketches"), parts)}
+    found = {}
+    for name, of in by.items():
+        drawn = [covered(of, draw) for draw in _draws(len(of), len(rows), seed)]
+        found[f"{name}_covered"] = covered(of, rows)
+        found[f"{UNIFORM}{name}_covered"] = float(np.median(drawn))
+    return found

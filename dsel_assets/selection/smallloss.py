@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from dsel_assets.data.examples import Examples
 from dsel_assets.finetuning import train
 from dsel_assets.models import Builder
-from dsel_assets.selection.interface import Needs
 from dsel_assets.selection.scored import Ranking, Scored, places
+from dsel_assets.selection.strategies import STRATEGIES
 
 BLOCK = 1024  # rows of the pool in one forward pass
 
@@ -55,8 +55,7 @@ class SmallLoss(Scored):
     example next, so that no class is starved because it is hard.
     """
 
-    name = "smallloss"
-    needs = Needs.TARGET | Needs.LABELS | Needs.MODEL
+    traits = STRATEGIES["smallloss"]
 
     def __init__(
         self,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dsel_assets.data.examples import Examples
 from dsel_assets.models import Builder
 from dsel_assets.selection.arrays import as_rows
-from dsel_assets.selection.interface import Needs
 from dsel_assets.selection.scored import Ranking, Scored
+from dsel_assets.selection.strategies import STRATEGIES
 
 BLOCK = 1024  # rows of the pool in one forward pass
 MEASURES = ("entropy", "margin", "least_confidence")
@@ -65,9 +65,6 @@ class _Uncertain(Scored):
     Nothing is trained, so that `trainable` is not read.
     """
 
-    needs = Needs.MODEL
-    deterministic = True
-
     def __init__(self, *, model: Builder, trainable: Sequence[str] | None = None) -> None:
         super().__init__()
         self.model = model
@@ -84,16 +81,16 @@ class _Uncertain(Scored):
 class Entropy(_Uncertain):
     """The largest entropy of the prediction."""
 
-    name = "entropy"
+    traits = STRATEGIES["entropy"]
 
 
 class Margin(_Uncertain):
     """The smallest margin between the two likeliest classes."""
 
-    name = "margin"
+    traits = STRATEGIES["margin"]
 
 
 class LeastConfidence(_Uncertain):
     """The smallest probability of the likeliest class."""
 
-    name = "least_confidence"
+    traits = STRATEGIES["least_confidence"]

@@ -25,9 +25,27 @@ c the nonzeros. Where a kind fails, V grows with D; such a kind
 promises no `variance`. (*) But few coordinates with the preconditioner "orthogonal".
 """
 
-from dsel_assets.sketching.kinds import KINDS, make_sketch
-from dsel_assets.sketching.matrix import MatrixSketch
-from dsel_assets.sketching.model import ModelSketch
-from dsel_assets.sketching.operator import Sketch
+from typing import TYPE_CHECKING
+
+from dsel_assets.lazily import lazily
+
+if TYPE_CHECKING:
+    from dsel_assets.sketching.kinds import KINDS, make_sketch
+    from dsel_assets.sketching.matrix import MatrixSketch
+    from dsel_assets.sketching.model import ModelSketch
+    from dsel_assets.sketching.operator import Sketch
+
+# torch loads when one of these is first asked for
+__getattr__ = lazily(
+    __name__,
+    {
+        "KINDS": "kinds",
+        "MatrixSketch": "matrix",
+        "ModelSketch": "model",
+        "Sketch": "operator",
+        "make_sketch": "kinds",
+    },
+)
+
 
 __all__ = ["KINDS", "MatrixSketch", "ModelSketch", "Sketch", "make_sketch"]

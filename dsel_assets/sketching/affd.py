@@ -40,7 +40,6 @@ class AFFD(Sketch):
     """
 
     kind = "affd"
-    version = 2
     variance = 8.0
 
     def __init__(self, in_features: int, out_features: int, seed: int = 0, name: str = "") -> None:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from dsel_assets.resources.store import Entry, write_json
 from dsel_assets.selection import STRATEGIES, Needs
 from dsel_assets.steps.arrivals import Arrival, arrivals
-from dsel_assets.steps.cells import Cell, artifacts, cells
-from dsel_assets.steps.generation import Generation, load_pool, sketch_seconds
-from dsel_assets.steps.metrics import SPLITS
+from dsel_assets.steps.cells import SPLITS, Cell, artifacts, cells
+from dsel_assets.steps.generation import Generation, sketch_seconds
+from dsel_assets.steps.loading import pool_rows
 from dsel_assets.steps.pool import held_back, pool_fields, with_constants
 from dsel_assets.steps.workspace import Workspace
 
@@ -56,7 +56,8 @@ def write_catalog(ws: Workspace, generation: Generation, decided: Entry) -> None
     }
     paths = {name: [folder / f"{name}.parquet"] for name in (*own, "duplicates")}
     written = {name: pa.Table.from_pylist(rows) for name, rows in own.items()}
-    _, duplicates, conflicts = load_pool(ws, generation)
+    there = pool_rows(ws, generation)
+    duplicates, conflicts = there.duplicates, there.conflicts
     task = pa.array([ws.task.name] * len(duplicates), pa.string())
     number = pa.array([generation.number] * len(duplicates), pa.int64())
     duplicates = duplicates.add_column(0, "generation", number).add_column(0, "task", task)

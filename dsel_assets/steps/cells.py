@@ -16,11 +16,12 @@ from dsel_assets.selection import STRATEGIES, Needs
 from dsel_assets.steps.generation import Generation, generation_at
 from dsel_assets.steps.model import base_digest
 from dsel_assets.steps.pool import evaluation_set
-from dsel_assets.steps.sketches import sketch_space
+from dsel_assets.steps.space import sketch_space
 from dsel_assets.steps.spending import spending_fields
 from dsel_assets.steps.warm import COLD, origins
 from dsel_assets.steps.workspace import Workspace
 
+SPLITS = ("validation", "test")  # that every checkpoint is judged on
 BACK = 5  # generations that are looked through for an earlier selection
 
 
@@ -76,7 +77,8 @@ def cells(
             for seed in range(task.seeds)
         }
         if selector.warms and task.reselect == "warm":
-            for place, warm in origins(ws, generation, selections, decide).items():
+            found = origins(ws, generation, selections, decide, selector.follows)
+            for place, warm in found.items():
                 selections[place]["warm"] = warm
         for (budget, seed), selection in selections.items():
             checkpoint = {

@@ -13,9 +13,11 @@ from dsel_assets.finetuning import train
 from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry
 from dsel_assets.steps.cells import Cell, cells
-from dsel_assets.steps.generation import Generation, load_pool, training_target
-from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
+from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.loading import load_pool, named_rows, training_target
+from dsel_assets.steps.model import WEIGHTS, base_builder
 from dsel_assets.steps.parallel import each
+from dsel_assets.steps.space import trainable_shapes
 from dsel_assets.steps.workspace import Workspace
 
 
@@ -38,11 +40,8 @@ def _finetune(ws: Workspace, generation: Generation, cell: Cell) -> None:
             draft.rows = len(subset)
             draft.summary = {"curve": []}
         return
-    pool = load_pool(ws, generation)[0]
-    place = {example_id: row for row, example_id in enumerate(pool.ids)}
-    chosen = pool.take(
-        np.array([place[i] for i in subset["example_id"].to_pylist()], dtype=np.int64)
-    )
+    rows = named_rows(ws, generation, subset["example_id"].to_pylist())
+    chosen = load_pool(ws, generation, rows, ["inputs"])
     parts, weights = [chosen], [subset["weight"].to_numpy()]
     if ws.task.finetune.include_target:
         target = training_target(ws)

@@ -8,8 +8,8 @@ from typing import Any
 from dsel_assets.resources.store import Entry
 from dsel_assets.selection import STRATEGIES
 from dsel_assets.steps.cells import cells
+from dsel_assets.steps.chosen import chosen_ids
 from dsel_assets.steps.generation import Generation, generation_at
-from dsel_assets.steps.subsets import chosen_ids, select
 from dsel_assets.steps.warm import COLD
 from dsel_assets.steps.workspace import Workspace
 
@@ -99,6 +99,8 @@ def _chosen(
 
 def _cold(ws: Workspace, generation: Generation, warm: dict[Place, Entry]) -> dict[Place, Entry]:
     """Cold selections beside those that went on from an earlier one."""
+    from dsel_assets.steps.subsets import select  # loads torch
+
     went_on = {
         place: entry for place, entry in warm.items() if entry.manifest["fields"]["warm"] != COLD
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,21 +11,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dsel_assets.data import Examples
-from dsel_assets.resources.rows import read_row
 from dsel_assets.resources.store import Entry, StoreError
 from dsel_assets.selection import attribution
 from dsel_assets.steps.arrivals import arrivals
 from dsel_assets.steps.cells import cells
-from dsel_assets.steps.generation import (
-    Generation,
-    arrival_of,
-    current_generation,
-    load_pool,
-    load_target,
-    members,
-)
-from dsel_assets.steps.pool import load_examples, pool_fields
-from dsel_assets.steps.sketches import SKETCHES
+from dsel_assets.steps.generation import Generation, current_generation, members
+from dsel_assets.steps.loading import arrivals_of, load_pool, load_target, named_rows
+from dsel_assets.steps.pool import pool_fields
+from dsel_assets.steps.sketched import map_sketches
 from dsel_assets.steps.workspace import Workspace
 
 NEAREST = 3  # targets that are named
@@ -47,6 +40,7 @@ def explain(ws: Workspace, example_id: str) -> dict[str, Any]:
     """
     generation = current_generation(ws, enter=False)
     arrived = [row | {"arrival": key} for key, row in _arrived(ws, example_id)]
+    carried = {row["arrival"] for row in arrived}
     refused = list(_refused(ws, generation, example_id))
     if not arrived and not refused:
         raise StoreError(f"{ws.task.name}: no row that landed has the id {example_id!r}")
@@ -55,15 +49,19 @@ def explain(ws: Workspace, example_id: str) -> dict[str, Any]:
         "generation": generation.number,
         "arrivals": arrived,
         "quarantine": refused,
-        "gradient": _gradient(ws, generation, example_id),
-        "nearest": _nearest(ws, generation, example_id),
+        "gradient": _gradient(ws, generation, example_id, carried),
+        "nearest": _nearest(ws, generation, example_id, carried),
         "selections": list(_selections(ws, generation, example_id)),
     }
 
 
 def _rows(entry: Entry, file: str, example_id: str) -> list[dict[str, Any]]:
     """Rows of a table with this id, without the columns that are the same for all."""
-    found = pq.read_table(entry.file(file), filters=[("example_id", "=", example_id)])
+    path = entry.file(file)
+    ids = pq.read_table(path, columns=["example_id"])["example_id"]
+    if pc.index(ids, example_id).as_py() < 0:  # most tables: of these nothing else is read
+        return []
+    found = pq.read_table(path, filters=[("example_id", "=", example_id)])
     return found.drop_columns([n for n in ABOUT_THE_FILE if n in found.column_names]).to_pylist()
 
 
@@ -81,11 +79,15 @@ def _refused(ws: Workspace, generation: Generation, example_id: str) -> Iterator
         yield from _rows(entry, "quarantine.parquet", example_id)
 
 
-def _gradient(ws: Workspace, generation: Generation, example_id: str) -> dict[str, Any] | None:
+def _gradient(
+    ws: Workspace, generation: Generation, example_id: str, carried: Collection[str]
+) -> dict[str, Any] | None:
+    """Of the first of the arrivals that carried it."""
     own, smaller, total = None, 0, 0
     entries = [gradients for _, gradients, _ in members(ws, generation)]
-    for entry in entries:
-        own = own or next(iter(_rows(entry, "rows.parquet", example_id)), None)
+    for member, entry in zip(generation.members, entries, strict=True):
+        if own is None and member.arrival in carried:
+            own = next(iter(_rows(entry, "rows.parquet", example_id)), None)
     if own is None:
         return None
     for entry in entries:
@@ -95,15 +97,18 @@ def _gradient(ws: Workspace, generation: Generation, example_id: str) -> dict[st
     return own | {"share_of_pool_with_smaller_norm": smaller / total}
 
 
-def _nearest(ws: Workspace, generation: Generation, example_id: str) -> list[dict[str, Any]]:
+def _nearest(
+    ws: Workspace, generation: Generation, example_id: str, carried: Collection[str]
+) -> list[dict[str, Any]]:
     target = load_target(ws)
     if target is None:
         return []
-    for _, _, sketches in members(ws, generation):
+    for member, (_, _, sketches) in zip(generation.members, members(ws, generation), strict=True):
+        if member.arrival not in carried:
+            continue
         ids = pq.read_table(sketches.file("ids.parquet"), columns=["example_id"])["example_id"]
         if (row := pc.index(ids, example_id).as_py()) >= 0:
-            own = read_row(sketches.file(SKETCHES), row)
-            return _like(ws, own[None], target)[0]
+            return _like(ws, map_sketches(ws, sketches)[row : row + 1], target)[0]
     return []
 
 
@@ -128,20 +133,18 @@ def cards(
 ) -> list[dict[str, Any]]:
     """The first picks of a selection: rank, id, class, source, arrival, nearest target, scores."""
     rows = pq.read_table(selection.file("rows.parquet")).slice(0, count).to_pylist()
-    pool, target = load_pool(ws, generation)[0], load_target(ws)
-    place = {row["example_id"]: None for row in rows}
-    where = np.flatnonzero(np.isin(pool.ids, list(place)))
-    place |= dict(zip(pool.ids[where].tolist(), where.tolist(), strict=True))
-    chosen = pool.take(np.array([place[row["example_id"]] for row in rows], np.int64))
+    ids = [row["example_id"] for row in rows]
+    chosen = load_pool(ws, generation, named_rows(ws, generation, ids), ["sketches"])
     assert chosen.sketches is not None
-    came, classes = arrival_of(ws, generation, chosen.ids.tolist()), ws.task.pool.columns.classes
+    target, classes = load_target(ws), ws.task.pool.columns.classes
+    came = arrivals_of(ws, generation, ids)
     found = [
         {
             "rank": row["rank"],
             "example_id": row["example_id"],
             "class": classes[chosen.labels[i]],
             "source": str(chosen.groups[i]),
-            "arrival": came[row["example_id"]],
+            "arrival": came[i],
             **{name: value for name, value in row.items() if name not in NOT_A_SCORE},
         }
         for i, row in enumerate(rows)
@@ -156,17 +159,21 @@ def cards(
     return found
 
 
-def _inputs(parts: Iterable[Examples], names: Sequence[str]) -> list[NDArray]:
-    """Inputs of examples by id, in this order; StoreError for one that is not there."""
-    found: dict[str, NDArray] = {}
-    for examples in parts:
-        assert examples.inputs is not None
-        for row in np.flatnonzero(np.isin(examples.ids, names)):
-            found.setdefault(str(examples.ids[row]), examples.inputs[row])
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise StoreError(f"the pool does not hold {missing[0]}, so there is no picture of it")
-    return [found[name] for name in names]
+def _inputs(ws: Workspace, generation: Generation, ids: Sequence[str]) -> list[NDArray]:
+    """Inputs of examples of the pool by id, in this order; StoreError for one not there."""
+    try:
+        rows = named_rows(ws, generation, ids)
+    except KeyError as error:
+        raise StoreError(f"the pool does not hold {error}, so there is no picture of it") from error
+    found = load_pool(ws, generation, rows, ["inputs"]).inputs
+    assert found is not None
+    return list(found)
+
+
+def _target_inputs(target: Examples, ids: Sequence[str]) -> list[NDArray]:
+    assert target.inputs is not None
+    place = {name: row for row, name in enumerate(target.ids.tolist())}
+    return [target.inputs[place[name]] for name in ids]
 
 
 def _pictured(ws: Workspace) -> bool:
@@ -183,11 +190,11 @@ def portrait(ws: Workspace, example_id: str) -> bytes:
     if not _pictured(ws):
         raise StoreError(f"{ws.task.name}: its inputs are no images of one or three colours")
     generation = current_generation(ws, enter=False)
-    near = _nearest(ws, generation, example_id)
-    pools = (load_examples(pool) for pool, _, _ in members(ws, generation))
-    images = _inputs(pools, [example_id])
+    carried = {key for key, _ in _arrived(ws, example_id)}
+    near = _nearest(ws, generation, example_id, carried)
+    images = _inputs(ws, generation, [example_id])
     if (target := load_target(ws)) is not None:
-        images += _inputs([target], [one["target"] for one in near])
+        images += _target_inputs(target, [one["target"] for one in near])
     titles = [example_id[:8], *(f"{one['label']}: {one['cosine']:.2f}" for one in near)]
     return gallery([images], [titles])
 
@@ -198,10 +205,10 @@ def gallery_of(ws: Workspace, generation: Generation, rows: list[dict[str, Any]]
 
     if not _pictured(ws) or not rows:
         return None
-    picks = _inputs([load_pool(ws, generation)[0]], [row["example_id"] for row in rows])
+    picks = _inputs(ws, generation, [row["example_id"] for row in rows])
     lines, titles = [picks], [[row["class"] for row in rows]]
     if (target := load_target(ws)) is not None:
-        lines.append(_inputs([target], [row["nearest_target"] for row in rows]))
+        lines.append(_target_inputs(target, [row["nearest_target"] for row in rows]))
         titles.append([f"{r['nearest_label']}: {r['nearest_cosine']:.2f}" for r in rows])
     return gallery(lines, titles)
 

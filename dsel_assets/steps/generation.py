@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from filelock import FileLock
 
-from dsel_assets.data import NON_FINITE_GRADIENT, Examples, merge
 from dsel_assets.resources.store import Entry, StoreError, identity, write_json
 from dsel_assets.steps.arrivals import arrivals
-from dsel_assets.steps.pool import evaluation_set, held_back, load_examples, pool_fields
-from dsel_assets.steps.sketches import find_sketched, load_sketched, sketch, sketch_space
+from dsel_assets.steps.pool import held_back, pool_fields
+from dsel_assets.steps.sketched import find_sketched
+from dsel_assets.steps.space import sketch_space
 from dsel_assets.steps.workspace import Workspace
 
 
@@ -81,6 +76,15 @@ def generation_at(ws: Workspace, number: int) -> Generation:
     return Generation(number, name, tuple(Member(**member) for member in content["members"]))
 
 
+def generation_of(ws: Workspace, name: str) -> Generation | None:
+    """The generation of this identity, if there is one."""
+    path = ws.store.folder(ws.task.name, "generations") / f"{name}.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    return Generation(content["number"], name, tuple(Member(**m) for m in content["members"]))
+
+
 def _contents(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     return ((path, json.loads(path.read_text())) for path in paths)
 
@@ -120,32 +124,9 @@ def sketch_seconds(ws: Workspace, generation: Generation) -> float:
     return sum(sketches.manifest["seconds"] for _, _, sketches in members(ws, generation))
 
 
-def load_pool(ws: Workspace, generation: Generation) -> tuple[Examples, pa.Table, pa.Table]:
-    """The generation's examples with their sketches; duplicates and conflicts across arrivals.
-
-    Of an id that arrives twice the first arrival's row is kept.
-    """
-    return _load_pool(_Key(ws, generation))
-
-
-def load_target(ws: Workspace) -> Examples | None:
-    """The target set with its sketches, or None where the task has none."""
-    if ws.task.target is None:
-        return None
-    target = evaluation_set(ws, "target")
-    return load_sketched(ws, sketch(ws, target).sketches, target)
-
-
-def training_target(ws: Workspace) -> Examples:
-    """The target set as finetuning reads it: without rows that would spoil a model.
-
-    Their gradient is not finite; one that is zero does no harm.
-    """
-    entry = evaluation_set(ws, "target")
-    examples = load_examples(entry)
-    refused = pq.read_table(sketch(ws, entry).gradients.file("quarantine.parquet")).to_pylist()
-    spoilt = [row["example_id"] for row in refused if row["reason"] == NON_FINITE_GRADIENT]
-    return examples.take(~np.isin(examples.ids, np.array(spoilt, np.str_)))
+def sketched_rows(ws: Workspace, generation: Generation) -> int:
+    """Rows of all its arrivals' sketches; one that came twice counts twice."""
+    return sum(sketches.manifest["rows"] for _, _, sketches in members(ws, generation))
 
 
 def members(ws: Workspace, generation: Generation) -> Iterator[tuple[Entry, Entry, Entry]]:
@@ -156,44 +137,6 @@ def members(ws: Workspace, generation: Generation) -> Iterator[tuple[Entry, Entr
             _entry(ws, "gradients", member.gradients),
             _entry(ws, "sketches", member.sketches),
         )
-
-
-def arrival_of(ws: Workspace, generation: Generation, ids: Iterable[str]) -> dict[str, str]:
-    """The arrival that each of these ids came with first."""
-    wanted, found = pa.array(list(ids), pa.string()), dict[str, str]()
-    for member, (pool, _, _) in zip(generation.members, members(ws, generation), strict=True):
-        there = pq.read_table(pool.file("rows.parquet"), columns=["example_id"])["example_id"]
-        for name in there.filter(pc.is_in(there, wanted)).to_pylist():
-            found.setdefault(name, member.arrival)
-    return found
-
-
-@dataclass(frozen=True)
-class _Key:
-    ws: Workspace
-    generation: Generation
-
-    @property
-    def names(self) -> tuple[object, ...]:
-        return self.ws.home, self.ws.task.name, self.generation.identity
-
-    def __hash__(self) -> int:
-        return hash(self.names)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.names == other.names
-
-
-@lru_cache(maxsize=1)
-def _load_pool(key: _Key) -> tuple[Examples, pa.Table, pa.Table]:
-    parts = [
-        (member.arrival, load_sketched(key.ws, sketches, pool))
-        for member, (pool, _, sketches) in zip(
-            key.generation.members, members(key.ws, key.generation), strict=True
-        )
-    ]
-    examples, duplicates, conflicts = merge(parts)
-    return examples, duplicates, conflicts
 
 
 def _entry(ws: Workspace, kind: str, identity: str) -> Entry:

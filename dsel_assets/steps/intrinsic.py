@@ -16,9 +16,10 @@ from dsel_assets.curvature import search_intrinsic_dimension
 from dsel_assets.finetuning import predict, shuffled_batches
 from dsel_assets.resources.store import Entry
 from dsel_assets.sketching import ModelSketch
-from dsel_assets.steps.model import base_builder, trainable_shapes
+from dsel_assets.steps.model import base_builder
 from dsel_assets.steps.path import SEED, finetuning_path, path_weights, training_set
 from dsel_assets.steps.pool import evaluation_set, load_examples
+from dsel_assets.steps.space import trainable_shapes
 from dsel_assets.steps.spectrum import hessian_spectrum
 from dsel_assets.steps.workspace import Workspace
 

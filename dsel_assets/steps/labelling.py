@@ -38,14 +38,15 @@ from dsel_assets.finetuning import predict, train
 from dsel_assets.resources.store import Entry, StoreError
 from dsel_assets.selection.active import ask
 from dsel_assets.steps.arrivals import files_in
+from dsel_assets.steps.chosen import chosen_ids
 from dsel_assets.steps.generation import (
     Generation,
     NothingSketchedError,
     current_generation,
-    load_pool,
     members,
 )
-from dsel_assets.steps.model import base_builder, base_digest, trainable_shapes
+from dsel_assets.steps.loading import load_pool
+from dsel_assets.steps.model import base_builder, base_digest
 from dsel_assets.steps.pool import (
     contract,
     evaluation_set,
@@ -53,7 +54,7 @@ from dsel_assets.steps.pool import (
     load_examples,
     without_leaks,
 )
-from dsel_assets.steps.subsets import chosen_ids
+from dsel_assets.steps.space import trainable_shapes
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import Active
 
@@ -134,7 +135,7 @@ def next_round(ws: Workspace) -> Entry:
 def _next(ws: Workspace, now: Standing) -> Entry | None:
     """The round after those there are, None without a candidate."""
     candidates, refused = load_candidates(ws)
-    pool = None if now.generation is None else load_pool(ws, now.generation)[0]
+    pool = None if now.generation is None else load_pool(ws, now.generation, arrays=["inputs"])
     done = [*now.waiting, *now.labelled]
     if pool is not None:
         done += _keys(ws, pool).tolist()
@@ -280,7 +281,7 @@ def _requests(ws: Workspace, chosen: Examples) -> pa.Table:
         columns[schema.group] = chosen.groups
     if schema.id is not None:
         columns[schema.id] = chosen.ids
-    for name in (schema.cost, *schema.keep):
+    for name in (schema.cost, *schema.keep, *schema.text):
         if name is not None:
             columns[name] = chosen.columns[name]
     return pa.table(columns)

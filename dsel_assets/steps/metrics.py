@@ -10,13 +10,11 @@ from dsel_assets.evaluation import scores
 from dsel_assets.finetuning import predict
 from dsel_assets.models import load_weights
 from dsel_assets.resources.store import Entry
-from dsel_assets.steps.cells import Cell, cells
+from dsel_assets.steps.cells import SPLITS, Cell, cells
 from dsel_assets.steps.generation import Generation
 from dsel_assets.steps.model import WEIGHTS, base_builder
 from dsel_assets.steps.pool import evaluation_set, load_examples
 from dsel_assets.steps.workspace import Workspace
-
-SPLITS = ("validation", "test")
 
 
 def evaluate(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:

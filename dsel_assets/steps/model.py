@@ -1,22 +1,17 @@
-"""The base checkpoint, and what of it is trained."""
+"""The base checkpoint."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from dsel_assets.models import (
-    Builder,
-    builder,
-    load_weights,
-    pretrain,
-    save_weights,
-    trainable_names,
-)
 from dsel_assets.resources.store import Entry
 from dsel_assets.steps.pool import digest_of
 from dsel_assets.steps.workspace import BUNDLED, Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsel_assets.models import Builder
 
 WEIGHTS = "weights.safetensors"
 
@@ -31,12 +26,14 @@ def base_model(ws: Workspace) -> Entry:
         "base": spec.base if bundled else digest_of(spec.base),
         "shape": schema.shape,
         "classes": schema.classes,
-        "version": 1,
+        "version": 2,
     }
     if spec.lora is not None:
         fields["lora"] = spec.lora.model_dump()
     if entry := ws.store.find(ws.task.name, "base_model", fields):
         return entry
+    from dsel_assets.models import load_weights, lora_names, pretrain, save_weights
+
     with ws.store.write(ws.task.name, "base_model", fields) as draft:
         classes = len(schema.classes)
         if bundled:
@@ -45,7 +42,11 @@ def base_model(ws: Workspace) -> Entry:
             weights = load_weights(spec.base)
         model = _builder(ws, weights)()
         save_weights(weights, draft.path / WEIGHTS)
-        draft.summary = {"parameters": sum(p.numel() for p in model.parameters())}
+        draft.summary = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "shapes": [[name, list(p.shape)] for name, p in model.named_parameters()],
+            "adapters": lora_names(model),
+        }
     return draft.done
 
 
@@ -57,37 +58,14 @@ def base_digest(ws: Workspace) -> str:
 
 def base_builder(ws: Workspace) -> Builder:
     """A function that gives fresh copies of the base model."""
+    from dsel_assets.models import load_weights
+
     return _builder(ws, load_weights(base_model(ws).file(WEIGHTS)))
 
 
 def _builder(ws: Workspace, weights: dict[str, Tensor]) -> Builder:
+    from dsel_assets.models import builder
+
     spec, schema = ws.task.model, ws.task.pool.columns
     lora = spec.lora.model_dump() if spec.lora else None
     return builder(spec.name, schema.shape, len(schema.classes), weights, lora)
-
-
-def trainable_shapes(ws: Workspace) -> dict[str, list[int]]:
-    """Names and shapes of the trained parameters, in the model's order."""
-    model = base_builder(ws)()
-    names = trainable_names(model, ws.task.finetune.trainable)
-    return {name: list(model.get_parameter(name).shape) for name in names}
-
-
-def gradient_space(ws: Workspace) -> dict[str, Any]:
-    """What a gradient is taken of and by: two gradients may be compared only if this is equal."""
-    spec = ws.task.gradients
-    loss = spec.of == "loss"
-    return {
-        "base": base_digest(ws),
-        "of": spec.of,
-        "loss": "cross_entropy" if loss else None,
-        "labels": spec.labels if loss else None,
-        "outputs": None if loss else spec.outputs or "every",
-        "trainable": trainable_shapes(ws),
-    }
-
-
-def gradient_rows(ws: Workspace) -> int | None:
-    """k, if examples have k rows of gradients each, one an output; None for the loss's one."""
-    spec = ws.task.gradients
-    return None if spec.of == "loss" else spec.outputs or len(ws.task.pool.columns.classes)

@@ -8,8 +8,9 @@ from torch import Tensor
 from dsel_assets.finetuning import train
 from dsel_assets.models import load_weights, save_weights
 from dsel_assets.resources.store import Entry, StoreError
-from dsel_assets.steps.model import base_builder, base_model, trainable_shapes
+from dsel_assets.steps.model import base_builder, base_model
 from dsel_assets.steps.pool import evaluation_set, load_examples
+from dsel_assets.steps.space import trainable_shapes
 from dsel_assets.steps.workspace import Workspace
 
 SEED = 0

@@ -29,10 +29,12 @@ from dsel_assets.selection import STRATEGIES
 from dsel_assets.steps.arrivals import Landed, arrivals, is_new, landed, register
 from dsel_assets.steps.cells import cells
 from dsel_assets.steps.checkpoints import finetune
-from dsel_assets.steps.generation import current_generation, load_pool
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import pool_rows
 from dsel_assets.steps.metrics import evaluate
 from dsel_assets.steps.pool import find_ingested, held_back, ingest
-from dsel_assets.steps.sketches import find_sketched, sketch
+from dsel_assets.steps.sketched import find_sketched
+from dsel_assets.steps.sketches import sketch
 from dsel_assets.steps.subsets import select
 from dsel_assets.steps.workspace import Workspace
 
@@ -263,7 +265,7 @@ class _Probe:
                     finetune(ws, generation, strategy)
                     evaluate(ws, generation, strategy)
         self.budgets, column = ws.task.budgets, ws.task.pool.columns.cost
-        costs = None if column is None else load_pool(ws, generation)[0].columns[column]
+        costs = None if column is None else pool_rows(ws, generation).examples.columns[column]
         self.cost = float(costs.mean()) if costs is not None and in_cost else 1.0
         self.rows = sum(entry.manifest["rows"] for entry in self._of("pool"))
 

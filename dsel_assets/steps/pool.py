@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +31,7 @@ from dsel_assets.data import (
     read_file,
     validate,
 )
+from dsel_assets.resources.rows import mapped
 from dsel_assets.resources.store import MANIFEST, Draft, Entry
 from dsel_assets.steps.arrivals import Arrival, arrival, holds
 from dsel_assets.steps.workspace import Workspace
@@ -37,9 +39,10 @@ from dsel_assets.task import TaskError
 
 VERSION = 2
 
-
+INPUTS = "inputs.safetensors"
 COST = "cost"  # columns of rows.parquet, whatever the data calls them
-KEPT = "kept."  # prefix
+KEPT = "kept."  # prefixes
+TEXT = "text."
 
 
 def contract(ws: Workspace, labelled: bool = True, in_pool: bool = True) -> Contract:
@@ -55,13 +58,14 @@ def contract(ws: Workspace, labelled: bool = True, in_pool: bool = True) -> Cont
         classes=tuple(schema.classes),
         cost=schema.cost if in_pool else None,
         names=tuple(schema.keep) if in_pool else (),
+        texts=tuple(schema.text) if in_pool else (),
     )
 
 
 def _declared(ws: Workspace, in_pool: bool = True) -> dict[str, Any]:
     """The schema as artifacts are known by it: costs and kept columns where there are any."""
     found = ws.task.pool.columns.model_dump(mode="json")
-    own = {"cost": found.pop("cost"), "keep": found.pop("keep")}
+    own = {name: found.pop(name) for name in ("cost", "keep", "text")}
     return found | ({name: value for name, value in own.items() if value} if in_pool else {})
 
 
@@ -199,17 +203,17 @@ def held_back(ws: Workspace, entry: Entry) -> str | None:
 
 @lru_cache(maxsize=64)
 def _load(path: str, identity: str, cost: str | None) -> Examples:
-    rows = pq.read_table(f"{path}/rows.parquet")
+    there = pq.read_schema(f"{path}/rows.parquet").names
+    read = [name for name in there if not name.startswith(TEXT)]
+    rows = pq.read_table(f"{path}/rows.parquet", columns=read)
     kept = [name for name in rows.column_names if name.startswith(KEPT)]
     columns = {name.removeprefix(KEPT): np.array(rows[name], dtype=np.str_) for name in kept}
     if cost is not None:
         columns[cost] = rows[COST].to_numpy().copy()
-    arrays = load_file(f"{path}/inputs.safetensors")
     return Examples(
         ids=np.array(rows["example_id"].to_pylist(), dtype=np.str_),
         labels=rows["label"].to_numpy().copy(),  # Arrow's are read-only, which torch warns of
         groups=np.array(rows["source"].to_pylist(), dtype=np.str_),
-        inputs=arrays["inputs"],
         columns={
             ROW_COLUMN: rows[ROW_COLUMN].to_numpy().copy(),
             DIGEST_COLUMN: np.array(rows[DIGEST_COLUMN].to_pylist(), dtype=np.str_),
@@ -218,18 +222,40 @@ def _load(path: str, identity: str, cost: str | None) -> Examples:
     )
 
 
+@lru_cache(maxsize=4)  # the evaluation sets, which every arrival is held against
+def _load_inputs(path: str, identity: str) -> NDArray[np.float32]:
+    return load_file(f"{path}/{INPUTS}")["inputs"]
+
+
+def load_rows(entry: Entry) -> Examples:
+    """The examples of an arrival or an evaluation set without their inputs."""
+    entry.file("rows.parquet")
+    cost = entry.manifest["fields"]["contract"].get("cost")
+    return _load(str(entry.path), entry.identity, cost)
+
+
 def load_examples(entry: Entry) -> Examples:
     """The examples of an arrival or an evaluation set."""
-    entry.file("rows.parquet"), entry.file("inputs.safetensors")
-    fields = entry.manifest["fields"]
-    return _load(str(entry.path), entry.identity, fields["contract"].get("cost"))
+    entry.file(INPUTS)
+    inputs = _load_inputs(str(entry.path), entry.identity)
+    return replace(load_rows(entry), inputs=inputs)
+
+
+def map_inputs(entry: Entry) -> NDArray[np.float32]:
+    """The inputs [n, ...] of an arrival or an evaluation set, where they lie on disk."""
+    return mapped(entry.file(INPUTS), "inputs")
 
 
 def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str, str]) -> None:
     schema, classes = ws.task.pool.columns, ws.task.pool.columns.classes
     assert examples.inputs is not None
     cost = examples.columns.get(schema.cost or "", pa.nulls(len(examples), pa.float64()))
-    names = {name: examples.columns[name] for name in schema.keep if name in examples.columns}
+    named = [(KEPT, name) for name in schema.keep] + [(TEXT, name) for name in schema.text]
+    names = {
+        f"{prefix}{name}": pa.array(examples.columns[name].tolist(), pa.string())
+        for prefix, name in named
+        if name in examples.columns
+    }
     rows = pa.table(
         {
             "example_id": examples.ids,
@@ -240,10 +266,10 @@ def _write(ws: Workspace, draft: Draft, examples: Examples, constants: dict[str,
             DIGEST_COLUMN: examples.columns[DIGEST_COLUMN],
             COST: cost,
         }
-        | {f"{KEPT}{name}": column for name, column in names.items()}
+        | names
     )
     pq.write_table(with_constants(rows, constants), draft.path / "rows.parquet")
-    save_file({"inputs": np.ascontiguousarray(examples.inputs)}, draft.path / "inputs.safetensors")
+    save_file({"inputs": np.ascontiguousarray(examples.inputs)}, draft.path / INPUTS)
     draft.rows = len(examples)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,72 +32,20 @@ from dsel_assets.gradients import (
     sketch_blocks,
 )
 from dsel_assets.resources.rows import RowWriter, read_rows
-from dsel_assets.resources.store import Draft, Entry, write_json
+from dsel_assets.resources.store import Draft, Entry
 from dsel_assets.sketching import ModelSketch
 from dsel_assets.sketching.quality import gram, gram_error
-from dsel_assets.steps.model import (
-    base_builder,
-    gradient_rows,
-    gradient_space,
-    trainable_shapes,
-)
+from dsel_assets.steps.model import base_builder
 from dsel_assets.steps.pool import load_examples, with_constants
+from dsel_assets.steps.sketched import SKETCHES, Sketched, find_sketched, sketched_fields
+from dsel_assets.steps.space import gradient_rows, sketch_dimension, trainable_shapes
 from dsel_assets.steps.spectrum import (
     PROBE,
     allowed_variance,
-    hessian_spectrum,
-    operator_fields,
 )
 from dsel_assets.steps.workspace import Workspace
 
 RAW = "raw.safetensors"
-SKETCHES = "sketches.safetensors"
-KEPT = 0.95  # share of pairs that must lie within three standard deviations of the promise
-ALLOWED = 2.0  # times a dense Gaussian's error: what affd promises at worst
-
-
-class Sketched(NamedTuple):
-    """Both outputs of the pass; `source` says where the gradients came from this time."""
-
-    gradients: Entry
-    sketches: Entry
-    source: str
-
-
-def sketch_dimension(ws: Workspace) -> int:
-    """D of the task; `auto` takes what the spectrum advises (256 to 8192) once, and pins it."""
-    if ws.task.sketch.dim != "auto":
-        return int(ws.task.sketch.dim)
-    pin = ws.store.folder(ws.task.name, "sketches") / "dimension.json"
-    if not pin.exists():
-        advised = hessian_spectrum(ws).summary["advised_dimension"]
-        write_json(pin, {"dimension": min(8192, max(256, advised))})
-    return int(json.loads(pin.read_text())["dimension"])
-
-
-def sketch_space(ws: Workspace) -> dict[str, Any]:
-    """The gradient space and its operator: sketches may be compared only if this is equal."""
-    operator = operator_fields(ws, ws.task.sketch.kind) | {"dim": sketch_dimension(ws)}
-    return gradient_space(ws) | {"sketch": operator, "dtype": "float32"}
-
-
-def broken_promise(ws: Workspace, sketched: Entry) -> str | None:
-    """Why these sketches are not to be relied on, or None; measured on a few exact gradients."""
-    quality, kind = sketched.summary["quality"], ws.task.sketch.kind
-    if quality is None:
-        return None
-    advice = "take another sketch.kind, or a larger sketch.dim"
-    if quality["within"] < KEPT:
-        return (
-            f"{quality['within']:.1%} of the inner products lie within three standard deviations "
-            f"of what a {kind} sketch should keep, fewer than {KEPT:.0%}; {advice}"
-        )
-    if quality["rms"] > ALLOWED * quality["dense"]:
-        return (
-            f"the inner products' error is {quality['rms']:.3f}, more than {ALLOWED:g} times that "
-            f"of a dense Gaussian sketch ({quality['dense']:.3f}); {advice}"
-        )
-    return None
 
 
 def sketch(ws: Workspace, examples: Entry) -> Sketched:
@@ -112,7 +58,7 @@ def sketch(ws: Workspace, examples: Entry) -> Sketched:
     if there := find_sketched(ws, examples):
         return there
     task, store = ws.task.name, ws.store
-    fields, sketch_fields = _fields(ws, examples)
+    fields, sketch_fields = sketched_fields(ws, examples)
     gradients = store.find(task, "gradients", fields)
     sketches = store.find(task, "sketches", sketch_fields)
     known = load_examples(examples)
@@ -132,44 +78,6 @@ def sketch(ws: Workspace, examples: Entry) -> Sketched:
     made_sketches = sketches or (draft.done if draft else None)
     assert made_gradients is not None and made_sketches is not None
     return Sketched(made_gradients, made_sketches, source)
-
-
-def find_sketched(ws: Workspace, examples: Entry) -> Sketched | None:
-    """Both outputs, if both are there."""
-    fields, sketch_fields = _fields(ws, examples)
-    gradients = ws.store.find(ws.task.name, "gradients", fields)
-    sketches = ws.store.find(ws.task.name, "sketches", sketch_fields)
-    return Sketched(gradients, sketches, "store") if gradients and sketches else None
-
-
-def _fields(ws: Workspace, examples: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
-    made_of = {"examples": examples.identity, "version": 4}
-    return made_of | {"space": gradient_space(ws)}, made_of | {"space": sketch_space(ws)}
-
-
-def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
-    """The examples that have a sketch, with it: [N, D], or [N, k, D] where outputs are sketched.
-
-    Refuses sketches of another space or other rows.
-    """
-    space = sketched.manifest["fields"]["space"]
-    for field, expected in sketch_space(ws).items():
-        if space.get(field) != expected:
-            raise ValueError(
-                f"{sketched.path}: these sketches have another {field}: "
-                f"{space.get(field)!r}, the task asks for {expected!r}"
-            )
-    if sketched.manifest["fields"]["examples"] != examples.identity:
-        raise ValueError(
-            f"{sketched.path}: these are sketches of other examples, not {examples.path}"
-        )
-    known = load_examples(examples)
-    ids = pq.read_table(sketched.file("ids.parquet"))["example_id"].to_pylist()
-    place = {example_id: row for row, example_id in enumerate(known.ids)}
-    found = known.take(np.array([place[example_id] for example_id in ids], dtype=np.int64))
-    rows, k = read_rows(sketched.file(SKETCHES)), gradient_rows(ws)
-    sketches = rows if k is None else rows.reshape(len(rows), k, sketch_dimension(ws))
-    return Examples(**(vars(found) | {"sketches": sketches}))
 
 
 def _stream(

@@ -32,9 +32,10 @@ from dsel_assets.sketching import KINDS, ModelSketch
 from dsel_assets.sketching.dense import Dense
 from dsel_assets.sketching.quality import gram, gram_error
 from dsel_assets.steps.arrivals import arrivals
-from dsel_assets.steps.model import base_builder, base_model, trainable_shapes
+from dsel_assets.steps.model import base_builder, base_model
 from dsel_assets.steps.path import finetuning_path, path_weights, spectrum_steps
 from dsel_assets.steps.pool import held_back, ingest, load_examples
+from dsel_assets.steps.space import operator_fields, trainable_shapes
 from dsel_assets.steps.workspace import Workspace
 
 SPECTRUM = "spectrum.json"
@@ -107,11 +108,6 @@ def spectra_so_far(ws: Workspace) -> list[dict[str, Any]]:
             content = json.loads(entry.file(SPECTRUM).read_text())
             found.append({"eigenvalues": content["eigenvalues"], **entry.summary})
     return found
-
-
-def operator_fields(ws: Workspace, kind: str) -> dict[str, Any]:
-    """What a sketch of this kind is made of, but for its dimension."""
-    return {"kind": kind, "seed": ws.task.sketch.seed, "version": KINDS[kind].version}
 
 
 def _on_the_way(base: Entry, path: Entry) -> dict[str, Any]:

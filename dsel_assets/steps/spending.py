@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsel_assets.data import Examples
-from dsel_assets.selection import STRATEGIES, Budget, Constraints, Selector
+from dsel_assets.selection import STRATEGIES, Budget, Constraints, Strategy
 from dsel_assets.selection.strata import fill_quotas
 from dsel_assets.steps.workspace import Workspace
 
@@ -75,7 +75,7 @@ def prices(
     pool: Examples,
     n: int,
     select: Callable[[Constraints], NDArray[np.str_]],
-    objective: Callable[[NDArray[np.str_]], float | None],
+    objective: Callable[[Sequence[str]], float | None],
     chosen: NDArray[np.str_],
 ) -> list[Price]:
     """A row a quota: what it asked, what was there and chosen, and what it cost.
@@ -87,13 +87,15 @@ def prices(
     if STRATEGIES[strategy].whole or not ws.task.quotas:
         return []
     [(column, asked)] = ws.task.quotas.items()
-    values, own = _column(ws, column, pool)[1], objective(chosen)
+    values, own = _column(ws, column, pool)[1], objective(chosen.tolist())
     taken, short = np.isin(pool.ids, chosen), constraints_of(ws, strategy, pool, n)[1]
     rows = []
     for value, quota in asked.items():
         without = None
         if own is not None:
-            without = objective(select(constraints_of(ws, strategy, pool, n, but=value)[0]))
+            without = objective(
+                select(constraints_of(ws, strategy, pool, n, but=value)[0]).tolist()
+            )
         rows.append(
             {
                 "column": column,
@@ -110,8 +112,8 @@ def prices(
     return rows
 
 
-def _worse(selector: type[Selector], own: float | None, without: float | None) -> float | None:
+def _worse(strategy: Strategy, own: float | None, without: float | None) -> float | None:
     if own is None or without is None or own == 0:
         return None
     gain = (without - own) / abs(own)
-    return -gain if selector.lower else gain
+    return -gain if strategy.lower else gain

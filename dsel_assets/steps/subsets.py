@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from dsel_assets.data import Examples
 from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry, identity
 from dsel_assets.selection import STRATEGIES, Needs, Selection, Selector, make_selector
-from dsel_assets.selection.guards import ALARMS
+from dsel_assets.selection.interface import READS
 from dsel_assets.steps.cells import Cell, cells, selection_before
-from dsel_assets.steps.generation import Generation, load_pool, load_target
-from dsel_assets.steps.model import WEIGHTS, base_builder, trainable_shapes
+from dsel_assets.steps.chosen import chosen_ids
+from dsel_assets.steps.generation import Generation, sketched_rows
+from dsel_assets.steps.loading import load_pool, load_target, named_rows, pool_rows
+from dsel_assets.steps.model import WEIGHTS, base_builder
 from dsel_assets.steps.parallel import each
+from dsel_assets.steps.space import trainable_shapes
 from dsel_assets.steps.spending import budget_of, constraints_of, cost_of, prices
-from dsel_assets.steps.warm import STATE, save_state, state_of
+from dsel_assets.steps.warm import STATE, arrivals_seen, load_state, origin, save_state
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import warn_about_budgets
 
@@ -39,7 +41,7 @@ def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
     every = list(cells(ws, generation, strategy, decide=True))
     missing = ws.store.missing(ws.task.name, "subsets", [cell.selection for cell in every])
     if missing:
-        warn_about_budgets(ws.task, len(load_pool(ws, generation)[0]))
+        warn_about_budgets(ws.task, len(pool_rows(ws, generation).examples))
         load_target(ws)  # made here once, not by every worker at the same time
     by_seed: dict[int, list[Cell]] = {}
     for cell in every:
@@ -56,8 +58,7 @@ def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
 
 
 def _select(ws: Workspace, generation: Generation, strategy: str, group: list[Cell]) -> None:
-    """The cells of one seed, by one selector: what it learns for one budget serves the others."""
-    pool, target = load_pool(ws, generation)[0], load_target(ws)
+    """The cells of one seed, by one selector: what it learns for the largest budget serves all."""
     trainable = list(trainable_shapes(ws))
     selector = make_selector(
         strategy, ws.task.settings(strategy), model=base_builder(ws), trainable=trainable
@@ -70,36 +71,32 @@ def _select(ws: Workspace, generation: Generation, strategy: str, group: list[Ce
         fields = group[0].selection
         work = {key: fields[key] for key in fields.keys() - {"budget", "warm"}}
         selector.scratch = scratch / name / identity(work)
-        for cell in group:
+        for cell in sorted(group, key=lambda cell: -cell.budget):
             if ws.store.find(ws.task.name, "subsets", cell.selection) is None:
-                _write(ws, generation, cell, selector, pool, target)
+                _write(ws, generation, cell, selector)
         shutil.rmtree(scratch / name, ignore_errors=True)
 
 
-def _write(
-    ws: Workspace,
-    generation: Generation,
-    cell: Cell,
-    selector: Selector,
-    pool: Examples,
-    target: Examples | None,
-) -> None:
-    name, warm = cell.strategy, state_of(ws, cell.selection["warm"])
+def _write(ws: Workspace, generation: Generation, cell: Cell, selector: Selector) -> None:
+    name, before = cell.strategy, origin(ws, cell.selection["warm"])
+    pool, target = _read(ws, generation, selector, before), load_target(ws)
     budget = budget_of(ws, cell.budget, pool)
     n = min(cell.budget, len(pool))
+    warm = load_state(before) if before else None
     select = partial(selector.select, pool, target, budget, seed=cell.seed, warm=warm)
     with ws.store.write(ws.task.name, "subsets", cell.selection) as draft:
         chosen = select(constraints=constraints_of(ws, name, pool, n)[0])
 
-        def objective(ids: NDArray[np.str_]) -> float | None:
-            there = ids[np.isin(ids, pool.ids)]
+        def objective(ids: Sequence[str]) -> float | None:
+            there = np.flatnonzero(np.isin(pool_rows(ws, generation).examples.ids, ids))
             if len(there) == 0:
                 return None
-            return selector.objective(pool, target, there, chosen)
+            examples = load_pool(ws, generation, there, _reads(selector))
+            return selector.objective(examples, target, chosen)
 
         table = _table(ws, cell.identities["subsets"], chosen)
         pq.write_table(table, draft.path / "rows.parquet")
-        if selector.warms and chosen.state:
+        if selector.traits.warms and chosen.state:
             save_state(chosen.state, draft.path / STATE)
         if chosen.model is not None:
             save_weights(chosen.model, draft.path / WEIGHTS)
@@ -114,12 +111,30 @@ def _write(
         draft.summary = {key: _plain(value) for key, value in chosen.diagnostics.items()}
         if (cost := cost_of(ws, pool, chosen.ids)) is not None:
             draft.summary["cost"] = cost
-        if selector.aim:
+        if selector.traits.follows:
+            of_all = before.summary["looked_at"] if before else sketched_rows(ws, generation)
+            draft.summary["looked_at"] = of_all
+        if selector.traits.aim:
             earlier = selection_before(ws, generation, cell)
-            draft.summary["objective"] = objective(chosen.ids)
-            draft.summary["objective_before"] = earlier and objective(
-                np.array(chosen_ids(earlier), np.str_)
-            )
+            draft.summary["objective"] = objective(chosen.ids.tolist())
+            draft.summary["objective_before"] = earlier and objective(chosen_ids(earlier))
+
+
+def _read(
+    ws: Workspace, generation: Generation, selector: Selector, before: Entry | None
+) -> Examples:
+    """The pool as the strategy reads it, or what it goes on from and what has come since."""
+    if before is None or not selector.traits.follows:
+        return load_pool(ws, generation, arrays=_reads(selector))
+    kept = named_rows(ws, generation, load_state(before)["ids"].tolist())
+    seen = arrivals_seen(ws, generation, before)
+    assert seen is not None  # else the cell would begin cold
+    new = np.flatnonzero(pool_rows(ws, generation).member >= seen)
+    return load_pool(ws, generation, np.append(kept, new), _reads(selector))
+
+
+def _reads(selector: Selector) -> list[str]:
+    return [name for name, need in READS.items() if need in selector.traits.needs]
 
 
 def _table(ws: Workspace, name: str, selection: Selection) -> pa.Table:
@@ -137,120 +152,3 @@ def _table(ws: Workspace, name: str, selection: Selection) -> pa.Table:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
-
-
-def chosen_ids(entry: Entry) -> list[str]:
-    """The ids of a selection, in the order of choice."""
-    return pq.read_table(entry.file("rows.parquet"), columns=["example_id"])[
-        "example_id"
-    ].to_pylist()
-
-
-def quota_rows(entry: Entry) -> list[dict[str, Any]]:
-    """What each quota asked, got and cost; nothing where there are none, or of another seed."""
-    if "quotas.parquet" not in entry.manifest["files"]:
-        return []
-    return pq.read_table(entry.file("quotas.parquet")).to_pylist()
-
-
-PER_PICK = ("gain", "variance_left", "worst_variance_left")
-
-
-def per_pick(entry: Entry) -> dict[str, list[float]]:
-    """What a greedy choice about targets says of each pick; nothing for other strategies."""
-    file = entry.file("rows.parquet")
-    if not set(PER_PICK) <= set(pq.read_schema(file).names):
-        return {}
-    table = pq.read_table(file, columns=list(PER_PICK))
-    return {name: table[name].to_pylist() for name in PER_PICK}
-
-
-def alarms(ws: Workspace, generation: Generation) -> list[dict[str, Any]]:
-    """Of each strategy that watches itself and each budget, in how many seeds an alarm was on."""
-    found: dict[tuple[str, int], list[Entry]] = {}
-    for cell in cells(ws, generation):
-        entry = ws.store.get(ws.task.name, "subsets", cell.selection)
-        if ALARMS.keys() <= entry.summary.keys():
-            found.setdefault((cell.strategy, cell.budget), []).append(entry)
-    return [
-        {"strategy": strategy, "budget": budget, "seeds": len(entries)}
-        | {name: sum(entry.summary[name] for entry in entries) for name in ALARMS}
-        | {
-            name: float(np.mean([entry.summary[name] for entry in entries]))
-            for name in ("mean_weight", "weight_loss_correlation", "outside_share_top")
-        }
-        for (strategy, budget), entries in found.items()
-    ]
-
-
-COLLAPSED = 0.7  # share of one class or source in a choice that is worth a warning
-
-
-def collapsed(ws: Workspace, generation: Generation) -> list[dict[str, Any]]:
-    """Choices of which one class or source takes most, but less than half as much of the pool."""
-    pool, classes = load_pool(ws, generation)[0], np.array(ws.task.pool.columns.classes)
-    values = {"class": classes[pool.labels], "source": pool.groups}
-    rows, seen = [], set[str]()
-    for cell in cells(ws, generation):
-        entry = ws.store.get(ws.task.name, "subsets", cell.selection)
-        if STRATEGIES[cell.strategy].whole or entry.identity in seen:
-            continue
-        seen.add(entry.identity)
-        chosen = np.isin(pool.ids, chosen_ids(entry))
-        for name, column in values.items():
-            value, share = _most(column[chosen])
-            there = float(np.mean(column == value))
-            if share > COLLAPSED and there < share / 2:
-                place = {"strategy": cell.strategy, "budget": cell.budget, "seed": cell.seed}
-                rows.append(place | {"of": name, "value": value, "share": share, "pool": there})
-    return rows
-
-
-def _most(values: NDArray[np.str_]) -> tuple[str, float]:
-    """The most frequent value and its share."""
-    if len(values) == 0:
-        return "", 0.0
-    found, counts = np.unique(values, return_counts=True)
-    return str(found[counts.argmax()]), float(counts.max() / len(values))
-
-
-CHANCE = 3.0  # standard deviations by which chance alone hardly departs
-
-
-def beyond_chance(ws: Workspace, generation: Generation) -> list[dict[str, Any]]:
-    """Of each strategy and budget, whether anything but chance seems to have chosen.
-
-    What two seeds both choose is compared with what two uniform draws would (hypergeometric), and
-    where a strategy reports how many uniform draws do as well as its subsets, that counts too.
-    `chosen` is False where neither tells it from a uniform draw. Strategies without a seed, and
-    budgets of which a strategy takes the whole pool, are left out.
-    """
-    groups: dict[tuple[str, int], list[Entry]] = {}
-    for cell in cells(ws, generation):
-        selector = STRATEGIES[cell.strategy]
-        if cell.strategy != "random" and not (selector.whole or selector.deterministic):
-            entry = ws.store.get(ws.task.name, "subsets", cell.selection)
-            groups.setdefault((cell.strategy, cell.budget), []).append(entry)
-    rows, found = len(load_pool(ws, generation)[0]), []
-    for (strategy, budget), entries in groups.items():
-        sets = [set(chosen_ids(entry)) for entry in entries]
-        n = float(np.mean([len(ids) for ids in sets]))  # under a cost budget they differ a little
-        if n in (0, rows):
-            continue
-        pairs = list(combinations(sets, 2))
-        shared = float(np.mean([len(a & b) for a, b in pairs]))
-        chance = n * n / rows
-        sd = np.sqrt(chance * (1 - n / rows) ** 2 * rows / (rows - 1) / len(pairs))
-        as_good = [e.summary["uniform_as_good"] for e in entries if "uniform_as_good" in e.summary]
-        better = bool(as_good) and float(np.mean(as_good)) < 0.5
-        found.append(
-            {
-                "strategy": strategy,
-                "budget": budget,
-                "shared_by_two_seeds": shared,
-                "by_chance": chance,
-                "uniform_as_good": float(np.mean(as_good)) if as_good else None,
-                "chosen": bool(abs(shared - chance) > CHANCE * sd or better),
-            }
-        )
-    return found

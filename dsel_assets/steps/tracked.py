@@ -5,8 +5,8 @@ from __future__ import annotations
 from dsel_assets.resources.store import MANIFEST
 from dsel_assets.resources.tracking import TrackedCell
 from dsel_assets.steps.cells import artifacts, cells
+from dsel_assets.steps.chosen import per_pick
 from dsel_assets.steps.generation import Generation
-from dsel_assets.steps.subsets import per_pick
 from dsel_assets.steps.workspace import Workspace
 
 POINTS = 100  # of a curve: MLflow's limit of a batch is 1,000

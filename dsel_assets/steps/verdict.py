@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from dsel_assets.evaluation import holm, paired_difference, verdict
 from dsel_assets.resources.store import Entry, Store, StoreError, identity
 from dsel_assets.selection import STRATEGIES
-from dsel_assets.steps.cells import Cell, artifacts, cell_at, cells
+from dsel_assets.steps.cells import SPLITS, Cell, artifacts, cell_at, cells
 from dsel_assets.steps.champion import BY_VERDICT, champion, crown
 from dsel_assets.steps.generation import Generation, current_generation
-from dsel_assets.steps.metrics import SPLITS
 from dsel_assets.steps.workspace import Workspace
 
 

@@ -3,7 +3,9 @@
     <store>/<task>/warm/<strategy and settings>/<generation>.json   cell -> {"warm", "selection"}
 
 What a strategy needs to go on lies beside its selection. A cell begins cold where no earlier
-generation has that cell under the same settings.
+generation has that cell under the same settings; a strategy that looks only at what has come since
+also where the pool it saw is not the beginning of this one, or has grown by a tenth since all of it
+was looked at, and under quotas and budgets in costs, for which the rest may be needed.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from safetensors.numpy import load_file, save_file
 
 from dsel_assets.resources.store import Entry, StoreError, identity, write_json
 from dsel_assets.selection import State
-from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.generation import Generation, generation_of, sketched_rows
 from dsel_assets.steps.workspace import Workspace
 
 STATE = "state.safetensors"
 COLD = "cold"
+AGAIN = 1.1  # times the rows that were all looked at: then they are again
 TEXT = "text:"  # prefix of the names of arrays of text, which lie there as bytes
 Place = tuple[int, int]  # budget, seed
 
@@ -34,32 +37,46 @@ def origins(
     generation: Generation,
     fields: Mapping[Place, Mapping[str, Any]],
     decide: bool = False,
+    follows: bool = False,
 ) -> dict[Place, str]:
     """For each cell of one strategy the selection that it goes on from, or `cold`.
 
     fields: what the cells' selections are made of, each with `warm: cold`. Until it is decided, it
-    is the latest there is; decide: that is written down.
+    is the latest there is; decide: that is written down. follows: the strategy does.
     """
     first = next(iter(fields.values()))
+    if follows and first["constraints"]:
+        return dict.fromkeys(fields, COLD)
     made_of = {name: first[name] for name in ("strategy", "version", "settings", "target", "space")}
     if first["constraints"]:
         made_of["constraints"] = first["constraints"]
     folder = ws.store.folder(ws.task.name, "warm") / f"{first['strategy']}-{identity(made_of)}"
     path = folder / f"{generation.number:06d}-{generation.identity}.json"
     names = {place: f"{place[0]} {place[1]}" for place in fields}
+
+    def latest(earlier: list[dict[str, dict[str, str]]], name: str) -> str:
+        for known in earlier:
+            made = known.get(name, {}).get("selection")
+            entry = ws.store.entry(ws.task.name, "subsets", made) if made else None
+            if entry is None or STATE not in entry.manifest["files"]:
+                continue
+            if not follows or arrivals_seen(ws, generation, entry) is not None:
+                return entry.identity
+        return COLD
+
     known = _read(path)
     if not set(names.values()) <= known.keys():
         earlier = list(_earlier(folder, path))
         if not decide:
             return {
-                place: known[name]["warm"] if name in known else _latest(ws, earlier, name)
+                place: known[name]["warm"] if name in known else latest(earlier, name)
                 for place, name in names.items()
             }
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             known = _read(path)
             for place in (place for place in fields if names[place] not in known):
-                warm = _latest(ws, earlier, names[place])
+                warm = latest(earlier, names[place])
                 made = identity({**fields[place], "warm": warm})
                 known[names[place]] = {"warm": warm, "selection": made}
             write_json(path, known)
@@ -76,17 +93,18 @@ def _earlier(folder: Path, path: Path) -> Iterator[dict[str, dict[str, str]]]:
     return map(_read, sorted(before, reverse=True))
 
 
-def _latest(ws: Workspace, earlier: list[dict[str, dict[str, str]]], name: str) -> str:
-    for known in earlier:
-        made = known.get(name, {}).get("selection")
-        entry = ws.store.entry(ws.task.name, "subsets", made) if made else None
-        if entry is not None and STATE in entry.manifest["files"]:
-            return entry.identity
-    return COLD
+def arrivals_seen(ws: Workspace, generation: Generation, entry: Entry) -> int | None:
+    """How many first arrivals a selection saw; None where all has to be looked at again."""
+    saw = generation_of(ws, entry.manifest["fields"]["generation"])
+    if saw is None or generation.members[: len(saw.members)] != saw.members:
+        return None
+    if sketched_rows(ws, generation) > AGAIN * entry.summary["looked_at"]:
+        return None
+    return len(saw.members)
 
 
-def state_of(ws: Workspace, warm: str) -> State | None:
-    """What a selection left for those that go on from it; None for `cold`."""
+def origin(ws: Workspace, warm: str) -> Entry | None:
+    """The selection that one goes on from; None for `cold`."""
     if warm == COLD:
         return None
     entry = ws.store.entry(ws.task.name, "subsets", warm)
@@ -95,7 +113,7 @@ def state_of(ws: Workspace, warm: str) -> State | None:
             f"{ws.task.name}: the selection {warm}, from which this one goes on, is gone; restore "
             "it from a backup, or set reselect: cold"
         )
-    return load_state(entry)
+    return entry
 
 
 def save_state(state: State, path: Path) -> None:
@@ -104,10 +122,10 @@ def save_state(state: State, path: Path) -> None:
     for name, value in state.items():
         if value.dtype.kind == "U":
             encoded = np.char.encode(value, "utf-8")
-            wide = encoded.astype(f"S{max(1, encoded.dtype.itemsize)}")
-            arrays[TEXT + name] = wide.view(np.uint8).reshape(len(value), -1)
+            size = max(1, encoded.dtype.itemsize)
+            arrays[TEXT + name] = encoded.astype(f"S{size}").view(np.uint8).reshape(-1, size)
         else:
-            arrays[name] = np.ascontiguousarray(value)
+            arrays[name] = np.asarray(value, order="C")
     save_file(arrays, path)
 
 

@@ -350,6 +350,19 @@ def test_a_bad_cell_costs_its_row_and_names_its_column(column, cell, reason):
     assert refused["example_id"] == (None if column == "id" else "row-1")
 
 
+def test_texts_are_data_of_any_length():
+    contract = replace(IMAGE, texts=("prompt",))
+    awkward = ["x" * 100_000, "two\nlines\tand a \x00", "größer \U0001f600 {}", "", None]
+    rows = records(len(awkward) + 2)
+    for row, text in zip(rows, [*awkward, 7, "\ud800"], strict=True):
+        row["prompt"] = text
+    result = validate_records(rows, contract)
+    assert result.examples.columns["prompt"].tolist() == [text or "" for text in awkward]
+    refused = result.quarantine.to_pylist()
+    assert [line["reason"] for line in refused] == ["wrong type"] * 2
+    assert all("'prompt'" in line["detail"] and len(line["detail"]) < 200 for line in refused)
+
+
 def test_unknown_groups_are_empty():
     rows = records(2)
     rows[0]["source"], rows[1]["source"] = None, ""

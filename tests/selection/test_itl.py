@@ -547,17 +547,29 @@ def test_the_strategy_says_why_and_keeps_quotas(rule):
     assert named and named <= set(pool.ids)
 
 
-def test_a_warm_start_keeps_what_was_chosen():
+def test_smaller_budgets_are_beginnings_of_one_choice(monkeypatch):
     pool, target = examples(1, 90), examples(2, 10)
-    cold = Itl().select(pool, target, Budget(30), seed=0)
-    first = Itl().select(pool, target, Budget(12), seed=0)
-    warm = Itl().select(pool, target, Budget(30), seed=0, warm=first.state)
-    assert warm.ids.tolist() == cold.ids.tolist()
-    rest = pool.take(pool.ids != first.ids[3])
-    after = Itl().select(rest, target, Budget(30), seed=0, warm=first.state)
-    assert after.ids[:11].tolist() == np.delete(first.ids, 3).tolist()
-    quotas = Constraints(quotas={"label": {"0": 1}})
-    Itl().select(pool, target, Budget(6), constraints=quotas, seed=0, warm=first.state)
+    anew = [Itl().select(pool, target, Budget(n), seed=0) for n in (30, 12, 1)]
+    selector, calls, whole = Itl(), [], itl.select_informative
+
+    def counted(*given, **settings):
+        calls.append(1)
+        return whole(*given, **settings)
+
+    monkeypatch.setattr(itl, "select_informative", counted)
+    for n, expected in zip((30, 12, 1), anew, strict=True):
+        found = selector.select(pool, target, Budget(n), seed=0)
+        assert found.ids.tolist() == expected.ids.tolist()
+        for name, column in expected.scores.items():
+            np.testing.assert_array_equal(found.scores[name], column)
+        for name in expected.diagnostics.keys() - {"seconds"}:
+            assert found.diagnostics[name] == pytest.approx(expected.diagnostics[name], abs=1e-12)
+        assert found.state["ids"].tolist() == expected.state["ids"].tolist()
+        assert found.diagnostics["seconds"] > 0
+    assert len(calls) == 1
+    selector.select(pool.take(pool.ids != pool.ids[0]), target, Budget(5), seed=0)
+    selector.select(pool, examples(3, 10), Budget(5), seed=0)
+    assert len(calls) == 3
 
 
 def test_the_strategy_with_preselection_reports_what_it_missed():

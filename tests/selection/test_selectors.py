@@ -184,8 +184,6 @@ def test_a_nested_choice_ends_where_the_budget_does_however_costs_lie():
 
 def test_work_before_a_cost_budget_is_counted_once():
     class Slow(Random):
-        name = "random"
-
         def choose(self, pool, target, n, *, seed, warm):
             found = super().choose(pool, target, n, seed=seed, warm=warm)
             known = getattr(self, "known", False)

@@ -147,7 +147,8 @@ def test_the_order_of_the_pool_does_not_matter(measure):
 
 @each_measure
 def test_equal_rows_come_by_id(measure):
-    same = replace(POOL, inputs=np.repeat(POOL.inputs[:1], ROWS, axis=0))
+    # zeros, so that the outputs are equal too: products of equal rows may round otherwise
+    same = replace(POOL, inputs=np.zeros_like(POOL.inputs))
     assert select(measure, 7, same).ids.tolist() == POOL.ids[:7].tolist()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from dsel_assets.sketching import KINDS, ModelSketch, make_sketch
 from dsel_assets.sketching.hadamard import hadamard
+from dsel_assets.sketching.versions import version_of
 
 SIZES = [(1, 1), (1, 5), (5, 8), (64, 64), (100, 7), (1000, 96), (3000, 1024), (4096, 128)]
 LARGE = [(20_000, 33), (40_001, 256)]
@@ -205,7 +206,7 @@ def test_identity_holds_across_processes():
         assert [identity, sketched] == [sketch.identity, sketch(torch.arange(50.0)).tolist()]
         assert json.loads(identity) == {
             "kind": kind,
-            "version": KINDS[kind].version,
+            "version": version_of(kind),
             "in_features": 50,
             "out_features": 8,
             "seed": 2,

@@ -35,13 +35,16 @@ from dsel_assets.selection import STRATEGIES
 from dsel_assets.steps.arrivals import landed, register
 from dsel_assets.steps.cells import cells
 from dsel_assets.steps.checkpoints import finetune
+from dsel_assets.steps.chosen import chosen_ids
 from dsel_assets.steps.doctor import examine
-from dsel_assets.steps.generation import current_generation, load_pool, load_target
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import load_pool, load_target, pool_rows
 from dsel_assets.steps.metrics import evaluate
 from dsel_assets.steps.pool import evaluation_set, held_back, ingest, load_examples
-from dsel_assets.steps.sketches import SKETCHES, sketch
+from dsel_assets.steps.sketched import SKETCHES
+from dsel_assets.steps.sketches import sketch
 from dsel_assets.steps.status import status
-from dsel_assets.steps.subsets import chosen_ids, select
+from dsel_assets.steps.subsets import select
 from tests.conftest import write
 from tests.steps.test_resume import KINDS, digests
 
@@ -125,7 +128,7 @@ def test_a_row_without_a_finite_gradient_is_chosen_by_nobody(lab: Any) -> None:
     ws = lab.workspace(budgets=[5, 40], promote={"budget": 40})
     arrive(ws)
     bad = str(load_examples(ingest(ws, "a")).ids[4])
-    pool = load_pool(ws, current_generation(ws))[0]
+    pool = load_pool(ws, current_generation(ws))
     assert len(pool) == 29 and bad not in pool.ids
     with pytest.warns(UserWarning, match="40 takes all 29 examples"):
         found = {strategy: selections(ws, strategy) for strategy in DEFAULT}
@@ -201,7 +204,7 @@ def test_rows_without_a_gradient_have_no_cosine(lab: Any) -> None:
     save_weights(weights | {"3.bias": sure}, lab.folder / "base.safetensors")
     ws = lab.workspace(budgets=[5, 200], promote={"budget": 5})
     arrive(ws)
-    pool = load_pool(ws, current_generation(ws))[0]
+    pool = load_pool(ws, current_generation(ws))
     target = load_target(ws)
     assert target is not None and 0 not in pool.labels and 0 not in target.labels
     with pytest.warns(UserWarning, match="takes all"):
@@ -220,12 +223,13 @@ def test_a_batch_that_comes_again_in_other_bytes_changes_no_choice(done: Any) ->
     ws = done.workspace()
     fixed = ("random", "itl", "gradmatch")
     before = {strategy: selections(ws, strategy) for strategy in fixed}
-    pool = load_pool(ws, current_generation(ws))[0]
+    pool = load_pool(ws, current_generation(ws))
     rows = done.rows(100, 160)
     done.land("z.jsonl", rows[::-1])
     arrive(ws)
     generation = current_generation(ws)
-    again, duplicates, conflicts = load_pool(ws, generation)
+    there = pool_rows(ws, generation)
+    again, duplicates, conflicts = there.examples, there.duplicates, there.conflicts
     assert again.ids.tolist() == pool.ids.tolist()
     assert len(duplicates) == 60 and not len(conflicts)
     assert {strategy: selections(ws, strategy) for strategy in fixed} == before
@@ -337,7 +341,7 @@ def test_a_pool_of_one_class_stops_no_strategy(lab: Any) -> None:
     only(lab, [row for row in lab.rows(100, 400) if row["label"] == 3])
     ws = lab.workspace(strategies=ALL, budgets=[5], promote={"budget": 5})
     arrive(ws)
-    assert set(load_pool(ws, current_generation(ws))[0].labels) == {3}
+    assert set(load_pool(ws, current_generation(ws)).labels) == {3}
     for strategy in STRATEGIES.keys() - {"cleanlab"}:
         for ids in selections(ws, strategy):
             assert STRATEGIES[strategy].whole or len(ids) == len(set(ids)) == 5
@@ -508,7 +512,7 @@ def test_a_choice_that_collapses_to_one_class_is_a_warning(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     ws = lab.workspace(**changes)
     run(ws)
-    pool = load_pool(ws, current_generation(ws))[0]
+    pool = load_pool(ws, current_generation(ws))
     labels = dict(zip(pool.ids.tolist(), pool.labels.tolist(), strict=True))
     found = Counter(labels[name] for ids in selections(ws, "gradmatch") for name in ids)
     assert len(set(labels.values())) == 10 and found.most_common(1)[0][0] == 3

@@ -8,7 +8,8 @@ import pytest
 from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.arrivals import landed, register
 from dsel_assets.steps.cells import cells, missing_strategies
-from dsel_assets.steps.generation import current_generation, load_pool
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import load_pool, pool_rows
 from dsel_assets.steps.pool import ingest
 from dsel_assets.steps.sketches import sketch
 
@@ -50,7 +51,7 @@ def test_the_order_of_arrival_does_not_matter(lab: Any) -> None:
     ws, found = lab.workspace(), []
     for keys in (("a", "b"), ("b", "a")):
         arrive(ws, *keys)
-        found.append((current_generation(ws).identity, load_pool(ws, current_generation(ws))[0]))
+        found.append((current_generation(ws).identity, load_pool(ws, current_generation(ws))))
         shutil.rmtree(lab.home)
     assert found[0][0] == found[1][0]
     assert found[0][1].ids.tolist() == found[1][1].ids.tolist()
@@ -69,8 +70,9 @@ def test_rows_that_come_again_count_once(lab: Any) -> None:
     lab.land("c.jsonl", lab.rows(150, 180))
     ws = lab.workspace()
     arrive(ws, "a", "b", "c")
-    pool, duplicates, conflicts = load_pool(ws, current_generation(ws))
-    assert len(pool) == 120 and len(duplicates) == 30 and len(conflicts) == 0
+    there = pool_rows(ws, current_generation(ws))
+    found = len(there.examples), len(there.duplicates), len(there.conflicts)
+    assert found == (120, 30, 0)
 
 
 def test_a_setting_changes_only_its_strategy(done: Any) -> None:

@@ -12,9 +12,10 @@ from dsel_assets.pipeline import run
 from dsel_assets.selection.chain import Chain
 from dsel_assets.steps.cells import artifacts, cells
 from dsel_assets.steps.checkpoints import finetune
+from dsel_assets.steps.chosen import alarms
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.model import WEIGHTS
-from dsel_assets.steps.subsets import alarms, select
+from dsel_assets.steps.subsets import select
 from tests.steps.test_resume import digests
 
 JOINT = {"bads": None, "bads_joint": {"steps": 40, "batch_size": 20}}

@@ -11,6 +11,7 @@ import pytest
 
 from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.arrivals import arrivals, landed, register
+from dsel_assets.steps.chosen import chosen_ids as asked_ids
 from dsel_assets.steps.labelling import (
     load_candidates,
     next_round,
@@ -19,7 +20,6 @@ from dsel_assets.steps.labelling import (
 )
 from dsel_assets.steps.pool import ingest
 from dsel_assets.steps.sketches import sketch
-from dsel_assets.steps.subsets import chosen_ids as asked_ids
 from tests.conftest import write
 
 BATCH = 8

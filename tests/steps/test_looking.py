@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dsel_assets.pipeline import run
 from dsel_assets.resources.store import MANIFEST, StoreError, file_sha256
 from dsel_assets.steps.cells import cells
+from dsel_assets.steps.chosen import chosen_ids
 from dsel_assets.steps.doctor import examine
 from dsel_assets.steps.explain import explain
 from dsel_assets.steps.export import export
-from dsel_assets.steps.generation import current_generation, load_pool
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import load_pool
 from dsel_assets.steps.status import status
-from dsel_assets.steps.subsets import chosen_ids
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,38 @@ def test_an_id_that_nobody_knows_is_named(seen: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "hf"])
+def test_an_export_of_conversations(lab: Any, tmp_path: Path, form: Any) -> None:
+    """Texts as messages, in the place of an input that no trainer of language models reads."""
+    rows = [
+        row | {"question": f"Was ist „{i}“?", "answer": f"{i}\n{{}}"}
+        for i, row in enumerate(lab.rows(100, 160))
+    ]
+    lab.land("a.parquet", rows)
+    (lab.landing / "b.jsonl").unlink()
+    keep = {"schema": {"text": ["question", "answer"]}}
+    ws = lab.workspace(pool=keep, strategies={"skmm": None, "bads": None, "gradmatch": None})
+    run(ws)
+    messages = [("user", "question"), ("assistant", "answer")]
+    folder = export(ws, "itl", 10, 0, tmp_path / "out", form, messages)
+    file = next(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl"))
+    if form == "jsonl":
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+    else:
+        found = pq.read_table(file).to_pylist()
+    assert len(found) == 10
+    for row in found:
+        i = int(row["answer"].splitlines()[0])
+        assert row["messages"] == [
+            {"role": "user", "content": rows[i]["question"]},
+            {"role": "assistant", "content": rows[i]["answer"]},
+        ]
+        assert "input" not in row
+    with pytest.raises(StoreError, match=r"of 'label'; pool\.schema\.text names question, answer"):
+        export(ws, "itl", 10, 0, tmp_path / "other", form, [("user", "label")])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "hf"])
 def test_an_export_holds_the_selection_in_its_order(seen: Any, tmp_path: Path, form: Any) -> None:
     ws = seen.workspace()
     folder = export(ws, "itl", 10, 1, tmp_path / "out", form)
@@ -120,7 +154,7 @@ def test_an_export_holds_the_selection_in_its_order(seen: Any, tmp_path: Path, f
         rows = pq.read_table(file).to_pylist()
     assert [row["id"] for row in rows] == chosen_ids(selection(ws, "itl", 10, 1))
     assert [row["rank"] for row in rows] == list(range(1, 11))
-    pool = load_pool(ws, current_generation(ws))[0]
+    pool = load_pool(ws, current_generation(ws))
     place = {name: i for i, name in enumerate(pool.ids.tolist())}
     for row in rows:
         np.testing.assert_array_equal(
@@ -182,7 +216,7 @@ def test_each_kind_of_damage_is_found_and_named(done: Any) -> None:
 
 def test_cards_name_the_nearest_targets_with_their_own_labels(seen: Any) -> None:
     from dsel_assets.steps.explain import cards, gallery_of, portrait
-    from dsel_assets.steps.generation import load_target
+    from dsel_assets.steps.loading import load_target
 
     ws = seen.workspace()
     generation, target = current_generation(ws), load_target(ws)
@@ -199,7 +233,7 @@ def test_cards_name_the_nearest_targets_with_their_own_labels(seen: Any) -> None
     name = chosen_ids(selection(ws, "itl"))[0]
     near = explain(ws, name)["nearest"]
     assert len(near) == 3 and near[0]["cosine"] >= near[1]["cosine"] >= near[2]["cosine"]
-    pool = load_pool(ws, generation)[0]
+    pool = load_pool(ws, generation)
     own = pool.sketches[pool.ids == name][0]
     cosines = target.sketches @ own / np.linalg.norm(target.sketches, axis=1) / np.linalg.norm(own)
     assert near[0]["cosine"] == pytest.approx(cosines.max(), abs=1e-5)

@@ -14,10 +14,14 @@ from dsel_assets.models import load_weights, save_weights
 from dsel_assets.resources.rows import read_rows
 from dsel_assets.steps import sketches as step
 from dsel_assets.steps.arrivals import landed, register
-from dsel_assets.steps.generation import current_generation, load_pool, load_target
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import load_pool, load_target
 from dsel_assets.steps.model import base_digest
 from dsel_assets.steps.pool import ingest
-from dsel_assets.steps.sketches import RAW, SKETCHES, load_sketched, sketch, sketch_dimension
+from dsel_assets.steps.sketched import SKETCHES, broken_promise, load_sketched
+from dsel_assets.steps.sketches import RAW, sketch
+from dsel_assets.steps.space import sketch_dimension
+from dsel_assets.steps.spectrum import hessian_spectrum
 
 
 def sketched(ws: Any, key: str = "a") -> Any:
@@ -130,7 +134,7 @@ def test_only_gradients_are_missing(lab: Any) -> None:
 
 def test_a_row_is_the_sketch_of_its_gradient(lab: Any) -> None:
     from dsel_assets.sketching import ModelSketch
-    from dsel_assets.steps.model import trainable_shapes
+    from dsel_assets.steps.space import trainable_shapes
 
     ws = lab.workspace(gradients={"keep_raw_bytes": 10**8})
     made = sketched(ws)
@@ -219,7 +223,7 @@ def test_an_arrival_without_usable_gradients_stops_nothing(lab: Any) -> None:
 def test_the_advised_dimension_is_pinned(lab: Any) -> None:
     """Also when a later arrival comes first by name."""
     ws = lab.workspace(sketch={"dim": "auto"})
-    spectrum = step.hessian_spectrum
+    spectrum = hessian_spectrum
     for file in landed(ws):
         register(ws, file)
     first = spectrum(ws)
@@ -271,13 +275,13 @@ def test_a_sketch_of_a_fourth_of_the_dimension_breaks_the_promise(
 ) -> None:
     ws = lab.workspace(sketch={"dim": 256})
     made = sketched(ws).sketches
-    assert step.broken_promise(ws, made) is None
+    assert broken_promise(ws, made) is None
     fourth = lab.workspace(sketch={"dim": 64})
     quality = dict(
         sketched(fourth).sketches.summary["quality"], dense=made.summary["quality"]["dense"]
     )
     monkeypatch.setitem(made.summary, "quality", quality)
-    assert "more than 2 times" in str(step.broken_promise(ws, made))
+    assert "more than 2 times" in str(broken_promise(ws, made))
 
 
 # What is differentiated
@@ -317,7 +321,7 @@ def test_the_pool_and_the_target_come_with_such_sketches(
     ws = lab.workspace(**changes)
     for key in ("a", "b"):
         assert sketched(ws, key).sketches.summary["quality"]["within"] > 0.95
-    pool, target = load_pool(ws, current_generation(ws))[0], load_target(ws)
+    pool, target = load_pool(ws, current_generation(ws)), load_target(ws)
     assert pool.sketches.shape == (120, *rows, 64) and target.sketches.shape == (20, *rows, 64)
     assert all(np.isfinite(part.sketches).all() for part in (pool, target))
     assert np.abs(pool.sketches).sum(-1).all()  # no row is zero

@@ -13,8 +13,9 @@ from dsel_assets.finetuning import train
 from dsel_assets.resources.store import StoreError
 from dsel_assets.steps import spectrum as step
 from dsel_assets.steps.arrivals import landed, register
-from dsel_assets.steps.model import base_builder, trainable_shapes
+from dsel_assets.steps.model import base_builder
 from dsel_assets.steps.path import finetuning_path, path_weights, training_set
+from dsel_assets.steps.space import trainable_shapes
 from dsel_assets.steps.spectrum import (
     SPECTRUM,
     hessian_spectrum,

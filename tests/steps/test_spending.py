@@ -11,10 +11,12 @@ import pytest
 
 from dsel_assets.pipeline import run
 from dsel_assets.steps.cells import cells
+from dsel_assets.steps.chosen import chosen_ids, quota_rows
 from dsel_assets.steps.churn import diff, over_generations
 from dsel_assets.steps.export import export
-from dsel_assets.steps.generation import current_generation, load_pool
-from dsel_assets.steps.subsets import chosen_ids, quota_rows, select
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import load_pool
+from dsel_assets.steps.subsets import select
 
 STRATEGIES = {"skmm": {}, "itl": {}, "bads": {"steps": 40, "batch_size": 20}}
 OFF = {name: None for name in ("target_only", "gradmatch")}
@@ -46,7 +48,7 @@ def test_a_budget_in_costs(lab: Any) -> None:
     )
     run(ws)
     generation = current_generation(ws)
-    pool = load_pool(ws, generation)[0]
+    pool = load_pool(ws, generation)
     price = dict(zip(pool.ids, pool.columns["tokens"], strict=True))
     for cell in cells(ws, generation):
         entry = ws.store.get("tiny", "subsets", cell.selection)
@@ -85,7 +87,7 @@ def test_quotas_are_kept_to_and_priced(lab: Any, quotas: Any, expected: Any) -> 
             assert known is not None
             sketch(one, ingest(one, known.key))
     generation = current_generation(ws)
-    pool = load_pool(ws, generation)[0]
+    pool = load_pool(ws, generation)
     column = next(iter(quotas))
     values = {"source": pool.groups, "label": pool.labels.astype(str)}.get(
         column, pool.columns.get("vendor")
@@ -149,7 +151,7 @@ def test_objectives_before_and_after_and_cold(done: Any) -> None:
         assert row["objective_before"] is not None
     rows = diff(ws, 1, 2, cold=True)
     for row in rows:
-        assert ("shared_with_cold" in row) == (row["strategy"] in ("skmm", "bads"))
+        assert ("shared_with_cold" in row) == (row["strategy"] == "bads")
         if "shared_with_cold" in row:
             assert 0 <= row["shared_with_cold"] <= 1
             assert np.isfinite(row["objective_cold"])

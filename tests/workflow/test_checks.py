@@ -11,8 +11,9 @@ from dsel_assets.build import build
 from dsel_assets.runner import resources
 from dsel_assets.steps.arrivals import landed, register
 from dsel_assets.steps.cells import cells
-from dsel_assets.steps.generation import current_generation, load_pool, members
-from dsel_assets.steps.subsets import beyond_chance
+from dsel_assets.steps.chosen import beyond_chance
+from dsel_assets.steps.generation import current_generation, members
+from dsel_assets.steps.loading import load_pool
 
 SQL = Path(__file__).parents[2] / "dbt_like_sql"
 
@@ -134,7 +135,7 @@ def test_a_strategy_that_draws_like_chance_is_told(done: Any) -> None:
     rows = {(row["strategy"], row["budget"]): row for row in beyond_chance(ws, generation)}
     assert not {"random", "full", "target_only", "itl"} & {strategy for strategy, _ in rows}
     assert {"skmm", "bads"} <= {strategy for strategy, _ in rows}
-    pool = len(load_pool(ws, generation)[0])
+    pool = len(load_pool(ws, generation))
     for (_, budget), row in rows.items():
         assert row["by_chance"] == pytest.approx(budget**2 / pool)
         assert 0 <= row["shared_by_two_seeds"] <= budget

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from typer.testing import CliRunner
 
 from dsel_assets.cli import app
 from dsel_assets.steps.cells import cells
+from dsel_assets.steps.chosen import chosen_ids
 from dsel_assets.steps.generation import current_generation
-from dsel_assets.steps.subsets import chosen_ids
 
 SQL = Path(__file__).parents[2] / "dbt_like_sql"
 
@@ -52,9 +54,34 @@ def test_status_explain_export_and_doctor(done: Any, task_file: Any) -> None:
     assert code == 1 and "half-written" in said
 
 
+def test_looking_loads_no_torch(done: Any, task_file: Any) -> None:
+    """Of a pool of a million rows it would be most of what a command takes."""
+    ws = done.workspace()
+    cell = next(iter(cells(ws, current_generation(ws), "itl")))
+    name = chosen_ids(ws.store.get("tiny", "subsets", cell.selection))[0]
+    heavy = ("torch", "numba", "sklearn", "matplotlib", "dagster", "mlflow")
+    for words in (["status"], ["explain", name], ["diff", "1", "1"]):
+        script = (
+            "import sys\nfrom dsel_assets.cli import app\n"
+            "app(sys.argv[1:], standalone_mode=False)\n"
+            f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+        )
+        asked = [sys.executable, "-c", script, *words, str(task_file)]
+        ran = subprocess.run(asked, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stderr.splitlines()[-1] == "[]", words
+
+
 def test_mistakes_are_one_line(done: Any, task_file: Any) -> None:
     code, _, error = call("explain", "nobody", task_file)
     assert code == 1 and error.startswith("error: tiny: no row that landed")
+    where = ("--strategy", "itl", "--budget", 5, "--task", task_file, "--message")
+    code, _, error = call("export", done.folder / "out", *where, "user=question")
+    assert code == 1 and "pool.schema.text names no column" in error
+    for wrong in ("user", "=question", "user="):
+        code, _, error = call("export", done.folder / "out", *where, wrong)
+        assert code == 2 and "ROLE=COLUMN" in error
+    assert not (done.folder / "out").exists()
     task_file.write_text("pool: 3")
     code, _, error = call("status", task_file)
     assert code == 2 and error.startswith(f"error: {task_file}")

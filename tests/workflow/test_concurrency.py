@@ -27,7 +27,8 @@ from dsel_assets.steps.cells import missing_strategies
 from dsel_assets.steps.champion import PROMOTED, champion, crown, history, rollback
 from dsel_assets.steps.checkpoints import finetune
 from dsel_assets.steps.doctor import examine
-from dsel_assets.steps.generation import current_generation, load_pool
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import pool_rows
 from dsel_assets.steps.metrics import evaluate
 from dsel_assets.steps.pool import ingest
 from dsel_assets.steps.sketches import sketch
@@ -263,8 +264,8 @@ def test_twenty_arrivals_and_three_that_ingest_them(lab: Any, at_once: AtOnce) -
     generation = current_generation(ws)
     assert {identity for *_, identity in found} == {generation.identity}
     assert len(generation.members) == 20
-    pool, duplicates, _ = load_pool(ws, generation)
-    assert len(pool) == 100 and not len(duplicates)
+    there = pool_rows(ws, generation)
+    assert len(there.examples) == 100 and not len(there.duplicates)
     numbers = [
         json.loads(path.read_text())["number"]
         for path in ws.store.folder("tiny", "generations").glob("*.json")

@@ -15,7 +15,8 @@ import pytest
 
 from dsel_assets import runner
 from dsel_assets.steps.arrivals import Landed, arrivals, landed, register
-from dsel_assets.steps.generation import current_generation, load_pool
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.loading import load_pool
 from dsel_assets.steps.pool import held_back, ingest
 from dsel_assets.steps.sketches import sketch
 from dsel_assets.steps.status import status
@@ -65,7 +66,7 @@ def take(lab: Any, *keys: str) -> None:
 
 def rows_of(lab: Any, **changes: Any) -> list[str]:
     ws = lab.workspace(**changes)
-    return sorted(load_pool(ws, current_generation(ws))[0].ids.tolist())
+    return sorted(load_pool(ws, current_generation(ws)).ids.tolist())
 
 
 # Again, copied, moved
