@@ -288,8 +288,10 @@ def test_odd_names_are_partitions(sensor: Sensor) -> None:
 @pytest.fixture
 def bucket(lab: Any) -> Iterator[str]:
     """A landing place whose names have no limits, such as object stores have."""
-    files = fsspec.filesystem("memory")
-    files.makedirs("/landing", exist_ok=True)
+    files = fsspec.filesystem("memory")  # one for the whole process, whoever wrote there before
+    if files.exists("/landing"):
+        files.rm("/landing", recursive=True)
+    files.makedirs("/landing")
     yield "memory://landing"
     files.rm("/landing", recursive=True)
 
