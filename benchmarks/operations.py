@@ -500,7 +500,7 @@ def mnist(data: Path | None, size: Size) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def load() -> None:
     """What every process loads before it works: libraries, and kernels compiled before."""
-    import torch
+    import pandas  # noqa: F401  # by pyarrow where it fills nulls
     import torch._dynamo  # by torch.func at its first call
 
     import dsel_assets.steps.sketches
@@ -569,7 +569,9 @@ def _dagster(task: Task, folder: Path, history: Path) -> dict[str, float]:
 
     os.environ["DSEL_HOME"] = str(folder)
     took: dict[str, float] = {}
-    with dg.DagsterInstance.local_temp(str(history)) as instance:
+    with dg.DagsterInstance.local_temp(
+        str(history), overrides={"telemetry": {"enabled": False}}
+    ) as instance:
         initialise(instance)
         started = time.perf_counter()
         jobs = _Jobs(task, instance)

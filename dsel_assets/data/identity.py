@@ -41,8 +41,10 @@ def example_ids(inputs: NDArray[Any], labels: Iterable[str]) -> NDArray[np.str_]
 
 def first_of(keys: Iterable[str]) -> NDArray[np.int64]:
     """[N] for each key the position of its first occurrence (its own, if it is new)."""
-    seen: dict[str, int] = {}
-    return np.array([seen.setdefault(str(key), i) for i, key in enumerate(keys)], dtype=np.int64)
+    codes = pa.array([str(key) for key in keys], pa.string()).dictionary_encode().indices.to_numpy()
+    first = np.empty(len(codes), np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # of equal indices the last one written holds
+    return first[codes]
 
 
 def merge(parts: Sequence[tuple[str, Examples]]) -> tuple[Examples, pa.Table, pa.Table]:

@@ -84,11 +84,11 @@ def texts_of(ws: Workspace, generation: Generation, rows: Ints, name: str) -> li
 
 def named_rows(ws: Workspace, generation: Generation, ids: Iterable[str]) -> Ints:
     """Places in `pool_rows` of these ids, in their order; KeyError for one that is not there."""
-    wanted = list(ids)
-    there = pool_rows(ws, generation).examples.ids
-    at = np.flatnonzero(np.isin(there, np.array(wanted, np.str_)))
-    place = dict(zip(there[at].tolist(), at.tolist(), strict=True))
-    return np.array([place[name] for name in wanted], np.int64)
+    wanted = np.array(list(ids), np.str_)
+    place, there = _places(pool_rows(ws, generation).examples.ids, wanted)
+    if not there.all():
+        raise KeyError(str(wanted[~there][0]))
+    return place
 
 
 def arrivals_of(ws: Workspace, generation: Generation, ids: Iterable[str]) -> list[str]:
@@ -123,6 +123,18 @@ def _sketched(ws: Workspace, examples: Entry) -> Sketched:
     from dsel_assets.steps.sketches import sketch  # loads torch
 
     return sketch(ws, examples)
+
+
+def rows_there(ws: Workspace, generation: Generation, ids: Iterable[str]) -> Ints:
+    """Places in `pool_rows` of those of these ids that are there."""
+    place, there = _places(pool_rows(ws, generation).examples.ids, np.array(list(ids), np.str_))
+    return place[there]
+
+
+def _places(known: NDArray[np.str_], ids: NDArray[np.str_]) -> tuple[Ints, NDArray[np.bool_]]:
+    """Where ids stand among the known, which are sorted, and whether they do."""
+    place = np.minimum(np.searchsorted(known, ids), len(known) - 1).astype(np.int64)
+    return place, known[place] == ids
 
 
 @dataclass(frozen=True)

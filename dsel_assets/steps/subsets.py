@@ -20,7 +20,7 @@ from dsel_assets.selection.interface import READS
 from dsel_assets.steps.cells import Cell, cells, selection_before
 from dsel_assets.steps.chosen import chosen_ids
 from dsel_assets.steps.generation import Generation, sketched_rows
-from dsel_assets.steps.loading import load_pool, load_target, named_rows, pool_rows
+from dsel_assets.steps.loading import load_pool, load_target, named_rows, pool_rows, rows_there
 from dsel_assets.steps.model import WEIGHTS, base_builder
 from dsel_assets.steps.parallel import each
 from dsel_assets.steps.space import trainable_shapes
@@ -88,7 +88,7 @@ def _write(ws: Workspace, generation: Generation, cell: Cell, selector: Selector
         chosen = select(constraints=constraints_of(ws, name, pool, n)[0])
 
         def objective(ids: Sequence[str]) -> float | None:
-            there = np.flatnonzero(np.isin(pool_rows(ws, generation).examples.ids, ids))
+            there = np.sort(rows_there(ws, generation, ids))
             if len(there) == 0:
                 return None
             examples = load_pool(ws, generation, there, _reads(selector))
@@ -116,7 +116,8 @@ def _write(ws: Workspace, generation: Generation, cell: Cell, selector: Selector
             draft.summary["looked_at"] = of_all
         if selector.traits.aim:
             earlier = selection_before(ws, generation, cell)
-            draft.summary["objective"] = objective(chosen.ids.tolist())
+            own = chosen.diagnostics.get(selector.traits.aim)
+            draft.summary["objective"] = objective(chosen.ids.tolist()) if own is None else own
             draft.summary["objective_before"] = earlier and objective(chosen_ids(earlier))
 
 
