@@ -7,6 +7,7 @@ k rows (the gradients of k outputs), whose moments add up.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -75,14 +76,20 @@ def reduce_sketches(sketches: ArrayLike, n: int, dimension: int | None = None) -
     shape = (len(blocks), m) if np.ndim(sketches) == 2 else (*blocks.shape[:2], m)
     if m >= blocks.shape[-1]:
         return blocks.reshape(*shape[:-1], -1)
-    entries = normals(stream_key(0, "skmm", "reduction"), 0, m * blocks.shape[-1])
-    gamma = (entries.double().numpy().reshape(m, -1) / np.sqrt(m)).T
+    gamma = _gaussian(m, blocks.shape[-1])
     reduced = np.empty((*blocks.shape[:2], m), blocks.dtype)
     done = 0
     for part in chunks(blocks):
         reduced[done : done + len(part)] = part.astype(np.float64) @ gamma
         done += len(part)
     return reduced.reshape(shape)
+
+
+@lru_cache(maxsize=2)
+def _gaussian(m: int, D: int) -> Array:
+    """[D, m] float64, the same for every pool."""
+    entries = normals(stream_key(0, "skmm", "reduction"), 0, m * D)
+    return (entries.double().numpy().reshape(m, -1) / np.sqrt(m)).T
 
 
 def moment_diagnostics(sketches: ArrayLike, indices: ArrayLike) -> dict[str, float]:

@@ -200,7 +200,10 @@ class Design:
         """Keep what each row would take off tr M as the scores of the urn."""
         N, k, _ = self._G.shape
         self._A, self._B, self._urn = np.empty((N, k, k)), np.empty((N, k, k)), urn
-        self.refresh()
+        if self._factors is None:
+            self.refresh()
+        else:
+            self._weigh(*self._factors)
 
     def add(self, rows: Sequence[int]) -> list[float]:
         """Choose rows; what each, after those before it, takes off tr M."""
@@ -228,16 +231,21 @@ class Design:
         rows = self._G[np.array(self.chosen, np.int64)].reshape(-1, self._G.shape[2])
         white = rows.astype(np.float64) @ self._to_white
         _, lengths, rotation = np.linalg.svd(white, full_matrices=False)
+        self._factors: tuple[Array, Array] | None = rotation, lengths
         self.inverse = (rotation.T / lengths**2) @ rotation
         self._fresh = np.square(self.inverse).sum()
         if self._urn is not None:
-            to_root = self._to_white @ (rotation.T / lengths)
-            for part, block in chunks(self._G):
-                Y = block @ to_root
-                self._A[part] = Y @ Y.mT
-                Y /= lengths
-                self._B[part] = Y @ Y.mT
-            self._update([], [], 1.0)
+            self._weigh(rotation, lengths)
+
+    def _weigh(self, rotation: Array, lengths: Array) -> None:
+        """A, B and the scores of all rows, from what a refresh found of the chosen."""
+        to_root = self._to_white @ (rotation.T / lengths)
+        for part, block in chunks(self._G):
+            Y = block @ to_root
+            self._A[part] = Y @ Y.mT
+            Y /= lengths
+            self._B[part] = Y @ Y.mT
+        self._update([], [], 1.0)
 
     def _change(self, rows: Sequence[int], sign: float) -> list[float]:
         U, V = [], []
@@ -246,6 +254,7 @@ class Design:
             U.append(u)
             V.append(u @ self.inverse - sign / 2 * (u @ u.T) @ u)
             self.inverse -= sign * u.T @ u
+        self._factors = None
         if np.square(self.inverse).sum() < FALL * self._fresh:
             self.refresh()
         else:
