@@ -663,8 +663,8 @@ def arrival(size: Size, data: Path | None) -> str:
         "every process does before it works; through Dagster it is in the first of its steps. "
         f"Ingesting and sketching alone: {warm[MADE] / cold[MADE]:.1%} of the cold run's. Dagster "
         f"adds {adds:.1f} s. Without it medians of {AGAIN}, each from a copy of the cold run. Of "
-        f"{len(before)} files of the old sketches {kept} have the same bytes and times, either way. "
-        "Aims: 3 %, 20 s.\n\nHeld against a choice from everything, means over the seeds: "
+        f"{len(before)} files of the old sketches {kept} have the same bytes and times, either "
+        "way. Aims: 3 %, 20 s.\n\nHeld against a choice from everything, means over the seeds: "
         f"{'; '.join(beside)}."
     )
 
