@@ -506,15 +506,15 @@ def load() -> None:
 
     import dsel_assets.steps.sketches
     import dsel_assets.steps.subsets  # noqa: F401
-    from dsel_assets.selection import STRATEGIES, select_informative, select_matching
+    from dsel_assets import selection
     from dsel_assets.sketching import make_sketch
 
     for name in CHOOSERS:
-        STRATEGIES[name].load()
+        selection.load(selection.STRATEGIES[name])
     some = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
     make_sketch("affd", 64, 8)(torch.ones(2, 64))
-    select_matching(some, 8)
-    select_informative(some, some[:3], 4)
+    selection.select_matching(some, 8)
+    selection.select_informative(some, some[:3], 4)
 
 
 def follow(ws: Workspace) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dsel_assets.lazily import lazily
@@ -35,13 +36,20 @@ __getattr__ = lazily(
 )
 
 
+def load(strategy: Strategy) -> type[Selector]:
+    """The class of a strategy."""
+    module, _, name = strategy.where.partition(":")
+    found: type[Selector] = getattr(import_module(f"{__name__}.{module}"), name)
+    return found
+
+
 def make_selector(
     name: str, settings: Mapping[str, Any], *, model: Builder, trainable: Sequence[str]
 ) -> Selector:
     """The strategy of this name; those that need a model get a builder of fresh copies of it."""
     strategy = STRATEGIES[name]
     given = {"model": model, "trainable": trainable} if Needs.MODEL in strategy.needs else {}
-    return strategy.load()(**settings, **given)
+    return load(strategy)(**settings, **given)
 
 
 __all__ = [
@@ -57,6 +65,7 @@ __all__ = [
     "Strategy",
     "attribution",
     "infer_weights",
+    "load",
     "make_selector",
     "match_moments",
     "select_informative",

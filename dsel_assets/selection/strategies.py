@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Flag, auto
-from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dsel_assets.selection.interface import Selector
 
 
 class Needs(Flag):
@@ -59,12 +54,6 @@ class Strategy:
     def work(self, rows: int, n: int) -> float:
         """How its time grows with the pool and the budget, up to a factor."""
         return float(rows) ** self.grows[0] * float(n) ** self.grows[1]
-
-    def load(self) -> type[Selector]:
-        """Its class."""
-        module, _, name = self.where.partition(":")
-        found: type[Selector] = getattr(import_module(f"dsel_assets.selection.{module}"), name)
-        return found
 
 
 STRATEGIES: dict[str, Strategy] = {

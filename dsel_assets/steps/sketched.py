@@ -13,7 +13,13 @@ from dsel_assets.data import Examples
 from dsel_assets.resources.rows import mapped
 from dsel_assets.resources.store import Entry
 from dsel_assets.steps.pool import load_examples
-from dsel_assets.steps.space import gradient_rows, gradient_space, sketch_dimension, sketch_space
+from dsel_assets.steps.space import (
+    NoDimensionError,
+    gradient_rows,
+    gradient_space,
+    sketch_dimension,
+    sketch_space,
+)
 from dsel_assets.steps.workspace import Workspace
 
 SKETCHES = "sketches.safetensors"
@@ -31,7 +37,10 @@ class Sketched(NamedTuple):
 
 def find_sketched(ws: Workspace, examples: Entry) -> Sketched | None:
     """Both outputs, if both are there."""
-    fields, sketch_fields = sketched_fields(ws, examples)
+    try:
+        fields, sketch_fields = sketched_fields(ws, examples)
+    except NoDimensionError:
+        return None
     gradients = ws.store.find(ws.task.name, "gradients", fields)
     sketches = ws.store.find(ws.task.name, "sketches", sketch_fields)
     return Sketched(gradients, sketches, "store") if gradients and sketches else None

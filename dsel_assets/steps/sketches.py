@@ -39,10 +39,7 @@ from dsel_assets.steps.model import base_builder
 from dsel_assets.steps.pool import load_examples, with_constants
 from dsel_assets.steps.sketched import SKETCHES, Sketched, find_sketched, sketched_fields
 from dsel_assets.steps.space import gradient_rows, sketch_dimension, trainable_shapes
-from dsel_assets.steps.spectrum import (
-    PROBE,
-    allowed_variance,
-)
+from dsel_assets.steps.spectrum import PROBE, allowed_variance, pin_dimension
 from dsel_assets.steps.workspace import Workspace
 
 RAW = "raw.safetensors"
@@ -57,6 +54,7 @@ def sketch(ws: Workspace, examples: Entry) -> Sketched:
     """
     if there := find_sketched(ws, examples):
         return there
+    pin_dimension(ws)
     task, store = ws.task.name, ws.store
     fields, sketch_fields = sketched_fields(ws, examples)
     gradients = store.find(task, "gradients", fields)

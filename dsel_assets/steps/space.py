@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from dsel_assets.models.trainable import trained
-from dsel_assets.resources.store import write_json
+from dsel_assets.resources.store import StoreError
 from dsel_assets.sketching.versions import version_of
 from dsel_assets.steps.model import base_digest, base_model
 from dsel_assets.steps.workspace import Workspace
@@ -45,17 +46,24 @@ def operator_fields(ws: Workspace, kind: str) -> dict[str, Any]:
     return {"kind": kind, "seed": ws.task.sketch.seed, "version": version_of(kind)}
 
 
+class NoDimensionError(StoreError):
+    """The dimension is left to the spectrum, which nobody has taken yet."""
+
+
 def sketch_dimension(ws: Workspace) -> int:
-    """D of the task; `auto` takes what the spectrum advises (256 to 8192) once, and pins it."""
+    """D of the task; for `auto` what was pinned when the first arrival was sketched."""
     if ws.task.sketch.dim != "auto":
         return int(ws.task.sketch.dim)
-    pin = ws.store.folder(ws.task.name, "sketches") / "dimension.json"
-    if not pin.exists():
-        from dsel_assets.steps.spectrum import hessian_spectrum
-
-        advised = hessian_spectrum(ws).summary["advised_dimension"]
-        write_json(pin, {"dimension": min(8192, max(256, advised))})
+    if not (pin := dimension_pin(ws)).exists():
+        raise NoDimensionError(
+            f"{ws.task.name}: sketch.dim is auto and nothing is sketched yet; run the ingest job"
+        )
     return int(json.loads(pin.read_text())["dimension"])
+
+
+def dimension_pin(ws: Workspace) -> Path:
+    """Where the dimension stands that the spectrum advised."""
+    return ws.store.folder(ws.task.name, "sketches") / "dimension.json"
 
 
 def sketch_space(ws: Workspace) -> dict[str, Any]:

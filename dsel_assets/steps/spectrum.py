@@ -27,7 +27,7 @@ from dsel_assets.curvature import (
     suggest_dimension,
 )
 from dsel_assets.gradients import gradient_blocks
-from dsel_assets.resources.store import Draft, Entry, StoreError
+from dsel_assets.resources.store import Draft, Entry, StoreError, write_json
 from dsel_assets.sketching import KINDS, ModelSketch
 from dsel_assets.sketching.dense import Dense
 from dsel_assets.sketching.quality import gram, gram_error
@@ -35,7 +35,12 @@ from dsel_assets.steps.arrivals import arrivals
 from dsel_assets.steps.model import base_builder, base_model
 from dsel_assets.steps.path import finetuning_path, path_weights, spectrum_steps
 from dsel_assets.steps.pool import held_back, ingest, load_examples
-from dsel_assets.steps.space import operator_fields, trainable_shapes
+from dsel_assets.steps.space import (
+    dimension_pin,
+    operator_fields,
+    sketch_dimension,
+    trainable_shapes,
+)
 from dsel_assets.steps.workspace import Workspace
 
 SPECTRUM = "spectrum.json"
@@ -108,6 +113,14 @@ def spectra_so_far(ws: Workspace) -> list[dict[str, Any]]:
             content = json.loads(entry.file(SPECTRUM).read_text())
             found.append({"eigenvalues": content["eigenvalues"], **entry.summary})
     return found
+
+
+def pin_dimension(ws: Workspace) -> int:
+    """D of the task; `auto` takes what the spectrum advises (256 to 8192) once, and pins it."""
+    if ws.task.sketch.dim == "auto" and not (pin := dimension_pin(ws)).exists():
+        advised = hessian_spectrum(ws).summary["advised_dimension"]
+        write_json(pin, {"dimension": min(8192, max(256, advised))})
+    return sketch_dimension(ws)
 
 
 def _on_the_way(base: Entry, path: Entry) -> dict[str, Any]:

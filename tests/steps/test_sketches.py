@@ -21,7 +21,7 @@ from dsel_assets.steps.pool import ingest
 from dsel_assets.steps.sketched import SKETCHES, broken_promise, load_sketched
 from dsel_assets.steps.sketches import RAW, sketch
 from dsel_assets.steps.space import sketch_dimension
-from dsel_assets.steps.spectrum import hessian_spectrum
+from dsel_assets.steps.spectrum import hessian_spectrum, pin_dimension
 
 
 def sketched(ws: Any, key: str = "a") -> Any:
@@ -231,7 +231,7 @@ def test_the_advised_dimension_is_pinned(lab: Any) -> None:
     for file in landed(ws):
         register(ws, file)
     assert spectrum(ws).identity == first.identity
-    assert sketch_dimension(ws) == max(256, first.summary["advised_dimension"])
+    assert pin_dimension(ws) == sketch_dimension(ws) == max(256, first.summary["advised_dimension"])
 
 
 @pytest.mark.parametrize("kind", ["tensorsketch", "logra"])
