@@ -122,6 +122,10 @@ class Selector(ABC):
         """
         return None
 
+    def can_go_on(self, state: State) -> bool:
+        """Whether a later selection can start from this one's state."""
+        return bool(state) and (PASSED in state or not self.traits.follows)
+
     def size(self, limit: int, rows: int) -> int:
         """How many of `rows` examples are chosen under a limit; some baselines ignore it."""
         return min(limit, rows)
@@ -194,11 +198,14 @@ class Selector(ABC):
         pool = pool.take(order[~np.isin(pool.ids[order], sorted(constraints.forbidden))])
         self._check(pool, target, constraints)
         followed = warm is not None and self.traits.follows
-        if warm is not None and followed and np.isin(warm[PASSED], pool.ids).any():
-            raise ValueError(
-                f"{self.name} goes on from an earlier selection: hand in the examples that its "
-                "state names and those that have come since, without what was passed over"
-            )
+        if warm is not None and followed:
+            if not self.can_go_on(warm):
+                raise ValueError(f"{self.name}: a choice under constraints can't be gone on from")
+            if np.isin(warm[PASSED], pool.ids).any():
+                raise ValueError(
+                    f"{self.name} goes on from an earlier selection: hand in the examples that its "
+                    "state names and those that have come since, without what was passed over"
+                )
         if budget.cost is not None and constraints.quotas:
             raise ValueError(f"{self.name} can't honour quotas under a cost budget")
         limit = self._limit(budget, len(pool))
@@ -246,11 +253,11 @@ class Selector(ABC):
         scores = {name: _after(len(first), column) for name, column in choice.scores.items()}
         weights = np.ones(len(choice.rows)) if choice.weights is None else choice.weights
         state = choice.state
-        if state and self.traits.follows:
+        # of what constraints kept out, a later choice may need more than what has come since
+        if state and self.traits.follows and constraints == NONE and budget.cost is None:
             passed = pool.ids[~np.isin(pool.ids, state["ids"])]
+            passed = passed if warm is None else np.append(warm[PASSED], passed)
             state = {**state, PASSED: passed[:FEW]}
-            if warm is not None:
-                state[PASSED] = np.append(warm[PASSED], passed)[:FEW]
         return Selection(
             ids=pool.ids[rows],
             weights=np.append(np.ones(len(first)), weights),

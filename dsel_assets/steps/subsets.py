@@ -25,7 +25,7 @@ from dsel_assets.steps.model import WEIGHTS, base_builder
 from dsel_assets.steps.parallel import each
 from dsel_assets.steps.space import trainable_shapes
 from dsel_assets.steps.spending import budget_of, constraints_of, cost_of, prices
-from dsel_assets.steps.warm import STATE, arrivals_seen, load_state, origin, save_state
+from dsel_assets.steps.warm import COLD, STATE, arrivals_seen, load_state, origin, save_state
 from dsel_assets.steps.workspace import Workspace
 from dsel_assets.task import warn_about_budgets
 
@@ -40,9 +40,13 @@ def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
     """The selections of a strategy's cells, in the order of `cells`; only missing ones are made."""
     every = list(cells(ws, generation, strategy, decide=True))
     missing = ws.store.missing(ws.task.name, "subsets", [cell.selection for cell in every])
+    needs = STRATEGIES[strategy].needs
+    threads = Needs.MODEL not in needs
     if missing:
         warn_about_budgets(ws.task, len(pool_rows(ws, generation).examples))
         load_target(ws)  # made here once, not by every worker at the same time
+        if threads and COLD in {cell.selection["warm"] for cell in every}:
+            load_pool(ws, generation, arrays=_reads(needs))  # likewise, and kept for them
     by_seed: dict[int, list[Cell]] = {}
     for cell in every:
         if cell.identities["subsets"] in missing:
@@ -52,7 +56,7 @@ def select(ws: Workspace, generation: Generation, strategy: str) -> list[Entry]:
         partial(_select, ws, generation, strategy),
         list(by_seed.values()),
         f"select {strategy}",
-        threads=Needs.MODEL not in STRATEGIES[strategy].needs,
+        threads=threads,
     )
     return [ws.store.get(ws.task.name, "subsets", cell.selection) for cell in every]
 
@@ -91,12 +95,12 @@ def _write(ws: Workspace, generation: Generation, cell: Cell, selector: Selector
             there = np.sort(rows_there(ws, generation, ids))
             if len(there) == 0:
                 return None
-            examples = load_pool(ws, generation, there, _reads(selector))
+            examples = load_pool(ws, generation, there, _reads(selector.traits.needs))
             return selector.objective(examples, target, chosen)
 
         table = _table(ws, cell.identities["subsets"], chosen)
         pq.write_table(table, draft.path / "rows.parquet")
-        if selector.traits.warms and chosen.state:
+        if selector.traits.warms and selector.can_go_on(chosen.state):
             save_state(chosen.state, draft.path / STATE)
         if chosen.model is not None:
             save_weights(chosen.model, draft.path / WEIGHTS)
@@ -126,16 +130,16 @@ def _read(
 ) -> Examples:
     """The pool as the strategy reads it, or what it goes on from and what has come since."""
     if before is None or not selector.traits.follows:
-        return load_pool(ws, generation, arrays=_reads(selector))
+        return load_pool(ws, generation, arrays=_reads(selector.traits.needs))
     kept = named_rows(ws, generation, load_state(before)["ids"].tolist())
     seen = arrivals_seen(ws, generation, before)
     assert seen is not None  # else the cell would begin cold
     new = np.flatnonzero(pool_rows(ws, generation).member >= seen)
-    return load_pool(ws, generation, np.append(kept, new), _reads(selector))
+    return load_pool(ws, generation, np.append(kept, new), _reads(selector.traits.needs))
 
 
-def _reads(selector: Selector) -> list[str]:
-    return [name for name, need in READS.items() if need in selector.traits.needs]
+def _reads(needs: Needs) -> list[str]:
+    return [name for name, need in READS.items() if need in needs]
 
 
 def _table(ws: Workspace, name: str, selection: Selection) -> pa.Table:

@@ -5,7 +5,7 @@
 What a strategy needs to go on lies beside its selection. A cell begins cold where no earlier
 generation has that cell under the same settings; a strategy that looks only at what has come since
 also where the pool it saw is not the beginning of this one, or has grown by a tenth since all of it
-was looked at, and under quotas and budgets in costs, for which the rest may be needed.
+was looked at. Under quotas and budgets in costs it leaves nothing to go on from.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ def origins(
     is the latest there is; decide: that is written down. follows: the strategy does.
     """
     first = next(iter(fields.values()))
-    if follows and first["constraints"]:
-        return dict.fromkeys(fields, COLD)
     made_of = {name: first[name] for name in ("strategy", "version", "settings", "target", "space")}
     if first["constraints"]:
         made_of["constraints"] = first["constraints"]

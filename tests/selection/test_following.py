@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsel_assets.data.examples import Examples
-from dsel_assets.selection import STRATEGIES, Budget, make_selector
+from dsel_assets.selection import STRATEGIES, Budget, Constraints, make_selector
 from dsel_assets.selection.moments import reduce_sketches, second_moment
 
 D, N, NEW, n = 24, 300, 25, 40
@@ -137,6 +137,21 @@ def test_what_was_passed_over_is_refused(name, settings):
     later = select(name, settings, part(first), first.state)
     with pytest.raises(ValueError, match="without what was passed over"):
         select(name, settings, both(POOL, CAME), later.state)
+
+
+@following
+def test_a_choice_under_constraints_leaves_nothing_to_go_on_from(name, settings):
+    selector = make_selector(name, settings, model=None, trainable=())
+    for bound in (
+        Constraints(quotas={"label": {"0": 3}}),
+        Constraints(required=frozenset([POOL.ids[0]])),
+        Constraints(forbidden=frozenset([POOL.ids[0]])),
+    ):
+        found = selector.select(POOL, TARGET, Budget(n), constraints=bound, seed=0)
+        assert not selector.can_go_on(found.state)
+        if found.state:
+            with pytest.raises(ValueError, match="under constraints can't be gone on from"):
+                select(name, settings, part(found), found.state)
 
 
 @following
