@@ -12,6 +12,7 @@ import torch
 from dsel_assets import pipeline
 from dsel_assets.models import load_weights, save_weights
 from dsel_assets.resources.rows import read_rows
+from dsel_assets.resources.store import StoreError
 from dsel_assets.steps import sketches as step
 from dsel_assets.steps.arrivals import landed, register
 from dsel_assets.steps.generation import current_generation
@@ -22,6 +23,7 @@ from dsel_assets.steps.sketched import SKETCHES, broken_promise, load_sketched
 from dsel_assets.steps.sketches import RAW, sketch
 from dsel_assets.steps.space import sketch_dimension
 from dsel_assets.steps.spectrum import hessian_spectrum, pin_dimension
+from dsel_assets.steps.status import status
 
 
 def sketched(ws: Any, key: str = "a") -> Any:
@@ -232,6 +234,17 @@ def test_the_advised_dimension_is_pinned(lab: Any) -> None:
         register(ws, file)
     assert spectrum(ws).identity == first.identity
     assert pin_dimension(ws) == sketch_dimension(ws) == max(256, first.summary["advised_dimension"])
+
+
+def test_looking_takes_no_spectrum(lab: Any) -> None:
+    """A dimension that is left to it is unknown until something is sketched."""
+    ws = lab.workspace(sketch={"dim": "auto"})
+    assert status(ws)["generation"] is None
+    with pytest.raises(StoreError, match=r"sketch\.dim is auto and nothing is sketched yet"):
+        sketch_dimension(ws)
+    assert not ws.store.entries("tiny", "hessian_spectrum")
+    sketched(ws)
+    assert status(ws)["generation"] == 1 and sketch_dimension(ws) >= 256
 
 
 @pytest.mark.parametrize("kind", ["tensorsketch", "logra"])
