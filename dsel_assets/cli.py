@@ -326,12 +326,10 @@ def rollback(
 def _enthroned(ws: Workspace, now: dict[str, Any] | None, as_json: bool) -> None:
     """Point MLflow's alias at the champion there is now, and print it."""
     from dsel_assets.resources.tracking import Tracking, best_effort
-    from dsel_assets.steps.model import WEIGHTS
+    from dsel_assets.steps.tracked import track_champion
 
-    checkpoint = now and ws.store.entry(ws.task.name, "checkpoints", now["checkpoint"])
     with best_effort(f"{ws.task.name}: the alias of the champion"):
-        weights = checkpoint.file(WEIGHTS) if checkpoint else Path()
-        Tracking.at(ws.home).register_champion(ws.task.name, now, weights)
+        track_champion(ws, Tracking.at(ws.home))
     said = f"{now['strategy']} at {now['budget']}, {now['selection']}" if now else "none"
     _print(now, as_json, iter([f"champion: {said}"]))
 

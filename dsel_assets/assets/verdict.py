@@ -36,7 +36,7 @@ def verdict(task: Task) -> dg.AssetsDefinition:
         from dsel_assets.evaluation.plots import budget_curve, differences
         from dsel_assets.steps.catalog import cell_rows, tables, write_catalog
         from dsel_assets.steps.generation import current_generation
-        from dsel_assets.steps.model import WEIGHTS
+        from dsel_assets.steps.tracked import track_champion
         from dsel_assets.steps.verdict import compare, comparisons, promote
 
         ws = Workspace(task, home)
@@ -65,10 +65,7 @@ def verdict(task: Task) -> dg.AssetsDefinition:
             tracking.log_summary(
                 task.name, generation.number, means, figures, board, decided.identity
             )
-            if champion is not None:
-                checkpoint = ws.store.entry(task.name, "checkpoints", champion["checkpoint"])
-                assert checkpoint is not None
-                tracking.register_champion(task.name, champion, checkpoint.file(WEIGHTS))
+            track_champion(ws, tracking)
             metadata["mlflow"] = dg.MetadataValue.url(tracking.url(task.name))
         return result(task, "verdict", decided, metadata)
 

@@ -43,7 +43,7 @@ def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] |
     `verdict`. What a verdict promoted and somebody rolled back, that verdict promotes no more,
     nor does it where a person who knew it promoted another one. A person may insist.
     """
-    with _locked(ws):
+    with FileLock(champion_lock(ws)):
         now = champion(ws)
         same = now is not None and all(now[k] == chosen[k] for k in ("selection", "checkpoint"))
         taken_back = by == BY_VERDICT and any(
@@ -64,7 +64,7 @@ def crown(ws: Workspace, chosen: Mapping[str, Any], by: str) -> dict[str, Any] |
 
 def rollback(ws: Workspace, by: str) -> dict[str, Any] | None:
     """Back to the champion before this one, or to none; StoreError where there is no champion."""
-    with _locked(ws):
+    with FileLock(champion_lock(ws)):
         gone = champion(ws)
         if gone is None:
             raise StoreError(f"{ws.task.name} has no champion, so nothing can be rolled back")
@@ -97,9 +97,10 @@ def _path(ws: Workspace) -> Path:
     return ws.store.folder(ws.task.name, "champion") / "promotions.jsonl"
 
 
-def _locked(ws: Workspace) -> FileLock:
+def champion_lock(ws: Workspace) -> Path:
+    """The file that whoever changes the champion locks; its folder is there."""
     _path(ws).parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(_path(ws).with_name("lock"))
+    return _path(ws).with_name("lock")
 
 
 def _now() -> str:

@@ -1,12 +1,18 @@
-"""The cells as MLflow shows them."""
+"""The cells and the champion as MLflow shows them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from filelock import FileLock
+
 from dsel_assets.resources.store import MANIFEST
-from dsel_assets.resources.tracking import TrackedCell
+from dsel_assets.resources.tracking import TrackedCell, Tracking
 from dsel_assets.steps.cells import artifacts, cells
+from dsel_assets.steps.champion import champion, champion_lock
 from dsel_assets.steps.chosen import per_pick
 from dsel_assets.steps.generation import Generation
+from dsel_assets.steps.model import WEIGHTS
 from dsel_assets.steps.workspace import Workspace
 
 POINTS = 100  # of a curve: MLflow's limit of a batch is 1,000
@@ -44,3 +50,15 @@ def tracked_cells(ws: Workspace, generation: Generation, strategy: str) -> list[
             )
         )
     return tracked
+
+
+def track_champion(ws: Workspace, tracking: Tracking) -> None:
+    """Point MLflow's alias at the champion there is now.
+
+    One process at a time: of two that changed it at once, whoever comes second reads what holds.
+    """
+    with FileLock(champion_lock(ws).with_name("alias.lock")):
+        now = champion(ws)
+        checkpoint = now and ws.store.entry(ws.task.name, "checkpoints", now["checkpoint"])
+        weights = checkpoint.file(WEIGHTS) if checkpoint else Path()
+        tracking.register_champion(ws.task.name, now, weights)
