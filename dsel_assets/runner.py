@@ -74,7 +74,10 @@ def _alone() -> FileLock:
 
 
 def end_leftovers(instance: dg.DagsterInstance) -> None:
-    """Let runs whose process was killed fail: they would hold the queue's only place for ever."""
+    """Let runs whose process was killed fail, and take their slots back.
+
+    They would hold the queue's only place, and the warehouse's only writer, for ever.
+    """
     for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
         events = [entry.dagster_event for entry in instance.all_logs(run.run_id)]
         pids = [event.pid for event in events if event is not None and event.pid is not None]
@@ -84,6 +87,11 @@ def end_leftovers(instance: dg.DagsterInstance) -> None:
     for record in instance.get_run_records(stuck):
         if time.time() - record.update_timestamp.timestamp() > BEGUN:
             instance.report_run_failed(record.dagster_run, "Its process never began.")
+    storage = instance.event_log_storage
+    for run_id in storage.get_concurrency_run_ids():
+        holder = instance.get_run_by_id(run_id)
+        if holder is None or holder.is_finished:
+            storage.free_concurrency_slots_for_run(run_id)
 
 
 def run(task: Task, instance: dg.DagsterInstance) -> Outcome:

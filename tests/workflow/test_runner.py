@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.events import DagsterEvent, EngineEventData
 
 from dsel_assets import runner
 from dsel_assets.automation import NOT_FINISHED
@@ -194,6 +197,18 @@ def test_a_killed_run_holds_up_nothing(lab: Any, tmp_path: Path) -> None:
         assert runner.run(task, instance).runs == 0
 
 
+def at_work(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
+    """This process says so in the run's log."""
+    event = DagsterEvent(
+        event_type_value=dg.DagsterEventType.ENGINE_EVENT.value,
+        job_name=run.job_name,
+        message="at work",
+        event_specific_data=EngineEventData(),
+        pid=os.getpid(),
+    )
+    instance.report_dagster_event(event, run.run_id)
+
+
 def test_a_run_of_a_living_process_is_left_alone(instance: Any, lab: Any) -> None:
     defs = dg.Definitions.merge(
         build(lab.task(), runner.ROOT / "dbt_like_sql"),
@@ -201,9 +216,41 @@ def test_a_run_of_a_living_process_is_left_alone(instance: Any, lab: Any) -> Non
     )
     job = defs.resolve_job_def("tiny_ingest")
     run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
-    instance.report_engine_event("at work", run)
+    at_work(instance, run)
     runner.end_leftovers(instance)
     assert instance.get_run_by_id(run.run_id).status is dg.DagsterRunStatus.STARTED
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_a_killed_run_gives_the_warehouse_back(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, living: bool
+) -> None:
+    """Killed while it wrote there, it would keep every later run waiting."""
+    (tmp_path / "dagster").mkdir()
+    pools = {"concurrency": {"pools": {"default_limit": 1}}}
+    defs = dg.Definitions.merge(
+        build(lab.task(), runner.ROOT / "dbt_like_sql"),
+        dg.Definitions(resources=runner.resources()),
+    )
+    job = defs.resolve_job_def("tiny_compare")
+    folder = str(tmp_path / "dagster")
+    with dg.instance_for_test(temp_dir=folder, overrides=pools) as instance:
+        storage = instance.event_log_storage
+        one, other = (
+            instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED) for _ in range(2)
+        )
+        for run in (one, other):
+            at_work(instance, run)
+        storage.initialize_concurrency_limit_to_default("warehouse")
+        claim = partial(storage.claim_concurrency_slot, "warehouse", step_key="leaderboard")
+        assert claim(run_id=one.run_id).is_claimed and not claim(run_id=other.run_id).is_claimed
+        if not living:
+            monkeypatch.setattr(runner, "alive", lambda pid: False)
+        runner.end_leftovers(instance)
+        later = instance.create_run_for_job(job).run_id
+        claim(run_id=later)
+        asked_again = storage.check_concurrency_claim("warehouse", later, "leaderboard")
+        assert asked_again.is_claimed is not living
 
 
 def test_nothing_landed(lab: Any, instance: Any) -> None:
