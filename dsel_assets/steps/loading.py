@@ -133,6 +133,8 @@ def rows_there(ws: Workspace, generation: Generation, ids: Iterable[str]) -> Int
 
 def _places(known: NDArray[np.str_], ids: NDArray[np.str_]) -> tuple[Ints, NDArray[np.bool_]]:
     """Where ids stand among the known, which are sorted, and whether they do."""
+    if len(known) == 0:
+        return np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
     place = np.minimum(np.searchsorted(known, ids), len(known) - 1).astype(np.int64)
     return place, known[place] == ids
 
