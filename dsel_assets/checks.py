@@ -70,15 +70,14 @@ def dimension_is_enough(task: Task) -> dg.AssetChecksDefinition:
         "explicit re-sketch: set sketch.dim and run the ingest job for every arrival.",
     )
     def dimension_is_enough(home: Home) -> dg.AssetCheckResult:
-        from dsel_assets.steps.space import sketch_dimension
-        from dsel_assets.steps.spectrum import hessian_spectrum
+        from dsel_assets.steps.spectrum import hessian_spectrum, pin_dimension
 
         ws = Workspace(task, home)
         advised = hessian_spectrum(ws).summary["advised_dimension"]
         return dg.AssetCheckResult(
-            passed=sketch_dimension(ws) >= advised,
+            passed=(used := pin_dimension(ws)) >= advised,
             severity=dg.AssetCheckSeverity.WARN,
-            metadata={"advised": advised, "used": sketch_dimension(ws)},
+            metadata={"advised": advised, "used": used},
         )
 
     return dimension_is_enough

@@ -15,7 +15,7 @@ from filelock import FileLock
 from dsel_assets.data import Examples
 from dsel_assets.models import save_weights
 from dsel_assets.resources.store import Entry, identity
-from dsel_assets.selection import STRATEGIES, Needs, Selection, Selector, make_selector
+from dsel_assets.selection import STRATEGIES, Needs, Selection, Selector, State, make_selector
 from dsel_assets.selection.interface import READS
 from dsel_assets.steps.cells import Cell, cells, selection_before
 from dsel_assets.steps.chosen import chosen_ids
@@ -83,10 +83,10 @@ def _select(ws: Workspace, generation: Generation, strategy: str, group: list[Ce
 
 def _write(ws: Workspace, generation: Generation, cell: Cell, selector: Selector) -> None:
     name, before = cell.strategy, origin(ws, cell.selection["warm"])
-    pool, target = _read(ws, generation, selector, before), load_target(ws)
+    warm = load_state(before) if before else None
+    pool, target = _read(ws, generation, selector, before, warm), load_target(ws)
     budget = budget_of(ws, cell.budget, pool)
     n = min(cell.budget, len(pool))
-    warm = load_state(before) if before else None
     select = partial(selector.select, pool, target, budget, seed=cell.seed, warm=warm)
     with ws.store.write(ws.task.name, "subsets", cell.selection) as draft:
         chosen = select(constraints=constraints_of(ws, name, pool, n)[0])
@@ -126,12 +126,16 @@ def _write(ws: Workspace, generation: Generation, cell: Cell, selector: Selector
 
 
 def _read(
-    ws: Workspace, generation: Generation, selector: Selector, before: Entry | None
+    ws: Workspace,
+    generation: Generation,
+    selector: Selector,
+    before: Entry | None,
+    warm: State | None,
 ) -> Examples:
     """The pool as the strategy reads it, or what it goes on from and what has come since."""
-    if before is None or not selector.traits.follows:
+    if before is None or warm is None or not selector.traits.follows:
         return load_pool(ws, generation, arrays=_reads(selector.traits.needs))
-    kept = named_rows(ws, generation, load_state(before)["ids"].tolist())
+    kept = named_rows(ws, generation, warm["ids"].tolist())
     seen = arrivals_seen(ws, generation, before)
     assert seen is not None  # else the cell would begin cold
     new = np.flatnonzero(pool_rows(ws, generation).member >= seen)
