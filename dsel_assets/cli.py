@@ -155,7 +155,7 @@ def plan(
     last: Annotated[bool, typer.Option(help="The last plan, beside what it took.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what the next run will take, from a probe of a few hundred rows; or what one took."""
+    """Say what the next run will take, from what was done before or a probe; or what one took."""
     from dataclasses import asdict
 
     from dsel_assets.steps.plan import last_plan
@@ -170,11 +170,11 @@ def plan(
 def _planned(found: dict[str, Any]) -> Iterator[str]:
     took = found["took_memory_mib"] is not None
     yield f"plan {found['number']}: a pool of {found['rows']:,} rows"
-    header = f"{'stage':<24}{'missing':>9}{'seconds':>10}{'MiB':>9}"
+    header = f"{'stage':<24}{'missing':>9}{'seconds':>10}{'MiB':>9}  from  "
     yield header + (f"{'took s':>10}{'took MiB':>10}" if took else "")
     for stage in found["stages"]:
         line = f"{stage['name']:<24}{stage['missing']:>9,}{stage['seconds']:>10.1f}"
-        line += f"{stage['mib']:>9.1f}"
+        line += f"{stage['mib']:>9.1f}  {stage['source']:<6}"
         if took and stage["took_seconds"] is not None:
             line += f"{stage['took_seconds']:>10.1f}{stage['took_mib']:>10.1f}"
         yield line

@@ -233,7 +233,7 @@ class Design:
         _, lengths, rotation = np.linalg.svd(white, full_matrices=False)
         self._factors: tuple[Array, Array] | None = rotation, lengths
         self.inverse = (rotation.T / lengths**2) @ rotation
-        self._fresh = np.square(self.inverse).sum()
+        self._fresh = np.vdot(self.inverse, self.inverse)
         if self._urn is not None:
             self._weigh(rotation, lengths)
 
@@ -255,7 +255,7 @@ class Design:
             V.append(u @ self.inverse - sign / 2 * (u @ u.T) @ u)
             self.inverse -= sign * u.T @ u
         self._factors = None
-        if np.square(self.inverse).sum() < FALL * self._fresh:
+        if np.vdot(self.inverse, self.inverse) < FALL * self._fresh:
             self.refresh()
         else:
             self._update(U, V, sign)
@@ -300,14 +300,14 @@ def _fitting(rows: Array, fixed: int, of: Array, counts: Array) -> Array:
     Of each part no more than its count, and room for the directions that they lack. The cheapest
     go first; where each holds a direction alone, the last.
     """
-    kept = np.arange(len(rows))
-    inverse, lacking = _inverse(rows)
-    room = counts.sum() - -(-lacking // rows.shape[1])
+    kept, inverse = np.arange(len(rows)), None
+    room = counts.sum() - -(-_lacking(rows) // rows.shape[1])
     while True:
         over = np.bincount(of[kept], minlength=len(counts)) > counts
         free = (kept >= fixed) & (over[of[kept]] if over.any() else len(kept) > room)
         if not free.any():
             return kept
+        inverse = _inverse(rows[kept]) if inverse is None else inverse
         moved = rows[kept] @ inverse
         costs = _costs(moved @ rows[kept].mT, moved @ moved.mT)
         costs = np.where(free, costs, np.inf)
@@ -317,19 +317,24 @@ def _fitting(rows: Array, fixed: int, of: Array, counts: Array) -> Array:
             inverse += u.T @ u
             kept = np.delete(kept, place)
         elif over.any():
-            kept = np.delete(kept, np.flatnonzero(free)[-1])
-            inverse, _ = _inverse(rows[kept])
+            kept, inverse = np.delete(kept, np.flatnonzero(free)[-1]), None
         else:
             return kept
 
 
-def _inverse(rows: Array) -> tuple[Array, int]:
-    """The pseudo-inverse of the moment of examples [c, k, r], and how many directions they lack."""
-    r = rows.shape[2]
-    _, lengths, rotation = np.linalg.svd(rows.reshape(-1, r), full_matrices=False)
+def _lacking(rows: Array) -> int:
+    """How many directions examples [c, k, r] lack."""
+    flat = rows.reshape(-1, rows.shape[2])
+    spectrum = np.linalg.eigvalsh(flat.T @ flat)
+    return int(np.count_nonzero(spectrum <= RANK_TOLERANCE * spectrum[-1]))
+
+
+def _inverse(rows: Array) -> Array:
+    """The pseudo-inverse of the moment of examples [c, k, r]."""
+    _, lengths, rotation = np.linalg.svd(rows.reshape(-1, rows.shape[2]), full_matrices=False)
     there = lengths > np.sqrt(RANK_TOLERANCE) * lengths[0]
     lengths, rotation = lengths[there], rotation[there]
-    return (rotation.T / lengths**2) @ rotation, r - len(lengths)
+    return (rotation.T / lengths**2) @ rotation
 
 
 def _exchange(

@@ -21,6 +21,7 @@ from dsel_assets.steps.sketched import (
     load_sketched,
     map_sketches,
     refuse_other_space,
+    rows_of,
 )
 from dsel_assets.steps.workspace import Workspace
 
@@ -162,9 +163,7 @@ def _pool_rows(key: _Key) -> Rows:
     for number, (member, (pool, _, sketches)) in enumerate(known):
         refuse_other_space(key.ws, sketches, pool)
         examples = load_rows(pool)
-        ids = pq.read_table(sketches.file("ids.parquet"))["example_id"].to_pylist()
-        place = {example_id: row for row, example_id in enumerate(examples.ids.tolist())}
-        own = np.array([place[example_id] for example_id in ids], np.int64)
+        own = rows_of(sketches, examples.ids)
         places = np.full(len(own), number), own, np.arange(len(own))
         found = examples.take(own)
         columns = found.columns | dict(zip(PLACES, places, strict=True))

@@ -1,8 +1,9 @@
-"""What the next run will take, measured on a few hundred rows; and what it took then.
+"""What the next run will take; and what it took then.
 
-The probe is the workflow itself, in a folder of its own, on two samples of what has landed: what a
-stage took on both gives its fixed part and the part that grows. Seconds are those of the manifests:
-of one thread where cells run side by side. Only what is missing is planned, all of it cold.
+What the store has done before under today's settings it will do as fast again: that is scaled to
+what is missing. For the rest there is the probe, on two samples of what has landed: what a stage
+took on both gives its fixed part and the part that grows. Seconds are those of the manifests: of
+one thread where cells run side by side.
 
     <store>/<task>/plans/<number>.json
 """
@@ -11,49 +12,50 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from dsel_assets.resources.store import MANIFEST, Entry, StoreError, write_json
 from dsel_assets.selection import STRATEGIES
-from dsel_assets.steps.arrivals import Landed, arrivals, is_new, landed, register
-from dsel_assets.steps.cells import cells
-from dsel_assets.steps.checkpoints import finetune
-from dsel_assets.steps.generation import current_generation
-from dsel_assets.steps.loading import pool_rows
-from dsel_assets.steps.metrics import evaluate
-from dsel_assets.steps.pool import find_ingested, held_back, ingest
+from dsel_assets.steps.arrivals import Landed, arrivals, is_new, landed
+from dsel_assets.steps.cells import BACK, cells
+from dsel_assets.steps.generation import (
+    Generation,
+    current_generation,
+    generation_at,
+    generation_of,
+    members,
+    sketched_rows,
+)
+from dsel_assets.steps.pool import find_ingested, held_back
+from dsel_assets.steps.probe import BROKEN, ROWS, STEPS, Probe, mib, probes
 from dsel_assets.steps.sketched import find_sketched
-from dsel_assets.steps.sketches import sketch
-from dsel_assets.steps.subsets import select
+from dsel_assets.steps.warm import AGAIN, STATE
 from dsel_assets.steps.workspace import Workspace
 
-ROWS = (100, 400)  # of the two samples
-STEPS = (20, 80)  # of a training in the probe, and of a strategy's own training
-MIB = 2**20
-BROKEN = (pa.ArrowInvalid, EOFError, OSError, zlib.error)
 KINDS = {"ingest": ("pool",), "sketch": ("gradients", "sketches")}
 TRAINED = {"finetune": "checkpoints", "evaluate": "metrics"}
+BEFORE, PROBE = "before", "probe"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: rows or cells that are missing, seconds and MiB of disk; the same as it took."""
+    """One stage: rows or cells that are missing, seconds and MiB of disk; the same as it took.
+
+    source: whether that is known from `before`, or for a part of it from the `probe`.
+    """
 
     name: str
     missing: int
     seconds: float
     mib: float
+    source: str = PROBE
     took_seconds: float | None = None
     took_mib: float | None = None
 
@@ -62,8 +64,8 @@ class Stage:
 class Plan:
     """What is missing, by stage.
 
-    number: counts the plans of a task. rows: of the pool then. memory_mib: what a process of the
-    probe held, with the pool's inputs and two copies of its sketches on top.
+    number: counts the plans of a task. rows: of the pool then. memory_mib: the most that a process
+    held before, or one of the probe with the pool's inputs and two copies of its sketches on top.
     """
 
     number: int
@@ -73,8 +75,16 @@ class Plan:
     took_memory_mib: float | None = None
 
 
+class Take(NamedTuple):
+    """What something takes."""
+
+    seconds: float
+    mib: float
+    source: str
+
+
 def plan(ws: Workspace) -> Plan:
-    """Measure the probe, scale it to what is missing, and write that down.
+    """Estimate what is missing, by a probe where it must be, and write that down.
 
     StoreError where nothing has landed.
     """
@@ -86,29 +96,21 @@ def plan(ws: Workspace) -> Plan:
     waiting = sum(map(_rows_of, _waiting(ws)))
     rows = waiting + _rows_there(ws)
     with tempfile.TemporaryDirectory(prefix="dsel-plan-") as folder:
-        # the first of three warms up what is loaded and compiled once
-        _, *probes = [
-            _Probe(
-                _sampled(ws, files, ROWS[i], STEPS[i], Path(folder) / str(number)),
-                ws.task.budget_in == "cost",
-            )
-            for number, i in enumerate(tqdm((0, 0, 1), desc="probe", leave=False))
+        estimate = _Estimate(ws, files, Path(folder), rows)
+        stages = [
+            _stage(name, waiting, [estimate.rows(name, waiting)]) for name in KINDS if waiting
         ]
-        stages = [_by_row(name, probes, waiting) for name in KINDS]
         missing = dict(_missing(ws, bool(waiting)))
         for strategy, wanted in missing.items():
-            stages.append(_selecting(ws, strategy, probes, rows, wanted))
-        small, large = probes
+            if wanted:
+                takes = estimate.selections(strategy, wanted)
+                stages.append(_stage(f"select {strategy}", len(wanted), takes))
         for name, kind in TRAINED.items():
-            (t1, _), (t2, mib) = small.a_cell(kind), large.a_cell(kind)
-            seconds = _line(STEPS[0], t1, STEPS[1], t2, ws.task.finetune.steps)
-            seconds = seconds if name == "finetune" else t2
-            count = _trainings(ws, kind, missing, bool(waiting))
-            stages.append(Stage(name, count, count * seconds, count * mib))
-        held = rows * (large.mib_a_row("pool") + 2 * large.mib_a_row("sketches"))
-        memory = large.peak + held
+            if count := _trainings(ws, kind, missing, bool(waiting)):
+                stages.append(_stage(name, count, [estimate.training(name)] * count))
+        memory = estimate.memory
     number = 1 + len(list(_folder(ws).glob("*.json")))
-    found = Plan(number, rows, memory, [stage for stage in stages if stage.missing])
+    found = Plan(number, rows, memory, stages)
     write_json(_folder(ws) / f"{number:05d}.json", asdict(found))
     return found
 
@@ -122,6 +124,12 @@ def last_plan(ws: Workspace) -> Plan:
     made = _Made(ws, paths[-1].stat().st_mtime)
     stages = [made.beside(Stage(**stage)) for stage in content.pop("stages")]
     return replace(Plan(**content, stages=stages), took_memory_mib=made.peak)
+
+
+def _stage(name: str, missing: int, takes: list[Take]) -> Stage:
+    source = PROBE if any(take.source == PROBE for take in takes) else BEFORE
+    seconds, disk = (sum(column) for column in zip(*(take[:2] for take in takes), strict=True))
+    return Stage(name, missing, seconds, disk, source)
 
 
 def _folder(ws: Workspace) -> Path:
@@ -196,143 +204,134 @@ def _trainings(
     return len(ws.store.missing(ws.task.name, kind, made_of))
 
 
-def _sampled(ws: Workspace, files: Sequence[str], rows: int, steps: int, folder: Path) -> Workspace:
-    """The task on the first rows of its files, in a home of its own, with shorter trainings."""
-    landing = folder / "landing"
-    landing.mkdir(parents=True)
-    left = rows
-    for number, path in enumerate(reversed(files)):
-        left -= _head(path, left, landing / f"{number}{''.join(Path(path).suffixes[-2:])}")
-        if left <= 0:
-            break
-    task, n = ws.task, min(ws.task.budgets[-1], ROWS[0] // 2)
-    strategies = {
-        name: settings.model_copy(update={"steps": min(steps, settings.steps)})
-        for name, settings in task.strategies.chosen().items()
-        if hasattr(settings, "steps")
-    }
-    changes = {
-        "pool": task.pool.model_copy(update={"landing": str(landing), "max_quarantine": 1.0}),
-        "budgets": [max(1, n // 2), n],
-        "budget_in": "examples",
-        "quotas": {},
-        "seeds": 1,
-        "finetune": task.finetune.model_copy(update={"steps": steps}),
-        "strategies": task.strategies.model_copy(update=strategies),
-    }
-    return Workspace(task.model_copy(update=changes), folder / "home")
+class _Estimate:
+    """What stages take: as it was before, or as the probe says, which runs once it is asked."""
 
-
-def _head(path: str, rows: int, to: Path) -> int:
-    """Copy the first rows of a file; how many there were. Of a broken file, none."""
-    try:
-        with fsspec.open(path, "rb", compression="infer") as content:
-            if not path.lower().endswith(".parquet"):
-                lines = [line for line, _ in zip(content, range(rows), strict=False)]
-                to.with_suffix("" if to.suffix == ".gz" else to.suffix).write_bytes(b"".join(lines))
-                return len(lines)
-            batch = next(pq.ParquetFile(content).iter_batches(batch_size=rows), None)
-    except BROKEN:
-        return 0
-    if batch is not None:
-        pq.write_table(pa.Table.from_batches([batch]), to)
-    return 0 if batch is None else batch.num_rows
-
-
-class _Probe:
-    """The workflow on a sample: its artifacts tell what they took.
-
-    cost: what an example costs on average, in the unit of the task's budgets.
-    """
-
-    def __init__(self, ws: Workspace, in_cost: bool) -> None:
-        self._ws = ws
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            for file in landed(ws):
-                known = register(ws, file)
-                if known is None:  # a copy of another
-                    continue
-                pool = ingest(ws, known.key)
-                if pool.manifest["rows"] and held_back(ws, pool) is None:
-                    sketch(ws, pool)
-            generation = current_generation(ws)
-            self.selected = {}
-            for strategy in ws.task.strategies.chosen():
-                entries = select(ws, generation, strategy)
-                self.selected[strategy] = [entry.manifest["seconds"] for entry in entries]
-                if strategy == "random":
-                    finetune(ws, generation, strategy)
-                    evaluate(ws, generation, strategy)
-        self.budgets, column = ws.task.budgets, ws.task.pool.columns.cost
-        costs = None if column is None else pool_rows(ws, generation).examples.columns[column]
-        self.cost = float(costs.mean()) if costs is not None and in_cost else 1.0
-        self.rows = sum(entry.manifest["rows"] for entry in self._of("pool"))
-
-    def _of(self, kind: str) -> list[Entry]:
-        """Artifacts of the sample, not of evaluation sets."""
-        found = self._ws.store.entries(self._ws.task.name, kind)
-        target = {e.identity for e in self._ws.store.entries(self._ws.task.name, "target")}
-        return [e for e in found if e.manifest["fields"].get("examples") not in target]
-
-    def row(self, kinds: Sequence[str]) -> tuple[float, float]:
-        """Seconds and MiB of all of these kinds."""
-        every = [entry for kind in kinds for entry in self._of(kind)]
-        return sum(e.manifest["seconds"] for e in every), sum(map(_mib, every))
-
-    def mib_a_row(self, kind: str) -> float:
-        """Disk that a row takes."""
-        return self.row([kind])[1] / max(1, self.rows)
-
-    def a_cell(self, kind: str) -> tuple[float, float]:
-        """Seconds and MiB of one."""
-        seconds, mib = self.row([kind])
-        return seconds / len(self._of(kind)), mib / len(self._of(kind))
+    def __init__(self, ws: Workspace, files: list[str], folder: Path, rows: int) -> None:
+        """rows: of the pool to come."""
+        self._ws, self._files, self._folder, self._rows = ws, files, folder, rows
 
     @cached_property
-    def peak(self) -> float:
-        """MiB that a process held."""
-        every = self._ws.store.entries(self._ws.task.name, "subsets")
-        return max(float(entry.manifest["process_peak_mib"]) for entry in every)
+    def _probes(self) -> list[Probe]:
+        return probes(self._ws, self._files, self._folder)
 
+    @cached_property
+    def _generations(self) -> list[Generation]:
+        """The current one and some before it, the newest first."""
+        try:
+            last = current_generation(self._ws, enter=False)
+        except StoreError:  # none yet, or what is there is of other settings
+            return []
+        numbers = range(last.number - 1, max(0, last.number - 1 - BACK), -1)
+        return [last, *(generation_at(self._ws, number) for number in numbers)]
 
-def _by_row(name: str, probes: Sequence[_Probe], rows: int) -> Stage:
-    """A stage that grows with the rows."""
-    small, large = probes
-    (s1, m1), (s2, m2) = small.row(KINDS[name]), large.row(KINDS[name])
-    seconds = _line(small.rows, s1, large.rows, s2, rows)
-    return Stage(name, rows, seconds, _line(small.rows, m1, large.rows, m2, rows))
+    @cached_property
+    def _made(self) -> dict[str, dict[tuple[str, int, int], Entry]]:
+        """By kind, and by strategy, budget and seed, the newest artifact under today's settings."""
+        found: dict[str, dict[tuple[str, int, int], Entry]] = {}
+        every = (cell for generation in self._generations for cell in cells(self._ws, generation))
+        for cell in every:
+            for kind, name in cell.identities.items():
+                if entry := self._ws.store.entry(self._ws.task.name, kind, name):
+                    of_kind = found.setdefault(kind, {})
+                    of_kind.setdefault((cell.strategy, cell.budget, cell.seed), entry)
+        return found
 
+    def rows(self, name: str, count: int) -> Take:
+        """Of ingesting or sketching so many rows."""
+        parts = [part for g in self._generations[:1] for part in members(self._ws, g)]
+        there = sum(pool.manifest["rows"] for pool, _, _ in parts)
+        if there >= ROWS[-1]:
+            every = [part[:1] if name == "ingest" else part[1:] for part in parts]
+            seconds, disk = _sums([entry for entries in every for entry in entries])
+            return Take(count * seconds / there, count * disk / there, BEFORE)
+        small, large = self._probes
+        (s1, m1), (s2, m2) = (_sums(probe.of(KINDS[name])) for probe in self._probes)
+        seconds = _line(small.rows, s1, large.rows, s2, count)
+        return Take(seconds, _line(small.rows, m1, large.rows, m2, count), PROBE)
 
-def _selecting(
-    ws: Workspace,
-    strategy: str,
-    probes: Sequence[_Probe],
-    rows: int,
-    wanted: Sequence[tuple[int, int]],
-) -> Stage:
-    """The selections of a strategy: the first of a seed, and others, which may share its work.
+    def selections(self, strategy: str, wanted: list[tuple[int, int]]) -> list[Take]:
+        """Of each (seed, budget); of a seed the largest budget comes first, and shares its work."""
+        begun, takes = set[int](), []
+        for seed, budget in sorted(wanted, key=lambda place: -place[1]):
+            takes.append(
+                self._selected_before(strategy, seed, budget)
+                or self._selected_in_probe(strategy, seed, budget, int(seed in begun))
+            )
+            begun.add(seed)
+        return takes
 
-    Those that train grow with the steps, not with the rows. Each quota is priced by one more
-    selection of the first seed, where the strategy has an objective.
-    """
-    small, large = probes
-    selector, steps = STRATEGIES[strategy], ws.task.settings(strategy).get("steps")
-    sizes, quotas = small.budgets, sum(map(len, ws.task.quotas.values()))
-    seconds, begun = 0.0, set[int]()
-    for seed, budget in wanted:
-        which = int(seed in begun)
-        begun.add(seed)
-        n = min(int(budget / large.cost), rows)
-        more = 1 + quotas if seed == 0 and selector.aim and not selector.whole else 1
-        t1, t2 = (probe.selected[strategy][which] for probe in probes)
-        if steps is not None:
-            seconds += _line(STEPS[0], t1, STEPS[1], t2, max(steps, STEPS[1]))  # quotas share it
+    def _selected_before(self, strategy: str, seed: int, budget: int) -> Take | None:
+        """As the last selection took, by how the strategy's time grows with what it looks at.
+
+        Those that train grow with their steps, which are the same.
+        """
+        made, selector = self._made.get("subsets", {}), STRATEGIES[strategy]
+        entry = made.get((strategy, budget, seed)) or made.get((strategy, budget, 0))
+        if entry is None or "rows_read" not in entry.summary:
+            return None
+        n, seconds = max(1, entry.manifest["rows"]), entry.manifest["seconds"]
+        if "steps" not in self._ws.task.settings(strategy):
+            read = selector.work(entry.summary["rows_read"], n)
+            seconds *= selector.work(self._looked_at(entry), n) / read
+        return Take(seconds, mib(entry), BEFORE)
+
+    def _looked_at(self, before: Entry) -> int:
+        """How many examples a selection looks at that may go on from this one."""
+        if STATE not in before.manifest["files"] or "looked_at" not in before.summary:
+            return self._rows
+        saw = generation_of(self._ws, before.manifest["fields"]["generation"])
+        again = self._rows > AGAIN * before.summary["looked_at"]
+        if saw is None or again or self._ws.task.reselect == "cold":
+            return self._rows
+        return int(before.manifest["rows"]) + self._rows - sketched_rows(self._ws, saw)
+
+    def _selected_in_probe(self, strategy: str, seed: int, budget: int, which: int) -> Take:
+        """which: 0 for the first of its seed, 1 for another.
+
+        Those that train grow with the steps, not with the rows. Each quota is priced by one more
+        selection of the first seed, where the strategy has an objective.
+        """
+        large = self._probes[-1]
+        selector, steps = STRATEGIES[strategy], self._ws.task.settings(strategy).get("steps")
+        n = min(int(budget / large.cost), self._rows)
+        t1, t2 = (probe.selected[strategy][which] for probe in self._probes)
+        if steps is not None:  # quotas share it
+            seconds = _line(STEPS[0], t1, STEPS[1], t2, max(steps, STEPS[1]))
         else:
-            w1, w2 = (selector.work(probe.rows, sizes[which]) for probe in probes)
-            seconds += more * _line(w1, t1, w2, t2, selector.work(rows, n))
-    each = large.a_cell("subsets")[1]
-    return Stage(f"select {strategy}", len(wanted), seconds, each * len(wanted))
+            w1, w2 = (selector.work(p.rows, p.budgets[which]) for p in self._probes)
+            seconds = _line(w1, t1, w2, t2, selector.work(self._rows, n))
+            if seed == 0 and selector.aim and not selector.whole:
+                seconds *= 1 + sum(map(len, self._ws.task.quotas.values()))
+        return Take(seconds, large.a_cell("subsets")[1], PROBE)
+
+    def training(self, name: str) -> Take:
+        """Of one checkpoint, or of judging one."""
+        kind = TRAINED[name]
+        if made := self._made.get(kind):
+            seconds, disk = _sums(list(made.values()))
+            return Take(seconds / len(made), disk / len(made), BEFORE)
+        small, large = self._probes
+        (t1, _), (t2, disk) = small.a_cell(kind), large.a_cell(kind)
+        steps = self._ws.task.finetune.steps
+        seconds = _line(STEPS[0], t1, STEPS[1], t2, steps) if name == "finetune" else t2
+        return Take(seconds, disk, PROBE)
+
+    @property
+    def memory(self) -> float:
+        """MiB, as `Plan` has it."""
+        before = [e.manifest["process_peak_mib"] for of in self._made.values() for e in of.values()]
+        peak = max(before, default=0.0)
+        if "_probes" in self.__dict__:
+            large = self._probes[1]
+            held = large.mib_a_row("pool") + 2 * large.mib_a_row("sketches")
+            peak = max(peak, large.peak + self._rows * held)
+        return float(peak)
+
+
+def _sums(entries: Sequence[Entry]) -> tuple[float, float]:
+    """Seconds and MiB of all of them."""
+    return sum(entry.manifest["seconds"] for entry in entries), sum(map(mib, entries))
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, x: float) -> float:
@@ -343,10 +342,6 @@ def _line(x1: float, y1: float, x2: float, y2: float, x: float) -> float:
     if slope <= 0:
         return y2 * max(1.0, x / x2)
     return max(0.0, y2 - slope * x2) + slope * x
-
-
-def _mib(entry: Entry) -> float:
-    return sum(file["bytes"] for file in entry.manifest["files"].values()) / MIB
 
 
 class _Made:
@@ -370,7 +365,7 @@ class _Made:
         if not every:
             return stage
         took = sum(entry.manifest["seconds"] for entry in every)
-        return replace(stage, took_seconds=took, took_mib=sum(map(_mib, every)))
+        return replace(stage, took_seconds=took, took_mib=sum(map(mib, every)))
 
     @property
     def peak(self) -> float | None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -59,10 +61,17 @@ def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
     """
     refuse_other_space(ws, sketched, examples)
     known = load_examples(examples)
-    ids = pq.read_table(sketched.file("ids.parquet"))["example_id"].to_pylist()
-    place = {example_id: row for row, example_id in enumerate(known.ids)}
-    found = known.take(np.array([place[example_id] for example_id in ids], dtype=np.int64))
+    found = known.take(rows_of(sketched, known.ids))
     return replace(found, sketches=np.array(map_sketches(ws, sketched)))
+
+
+def rows_of(sketched: Entry, ids: NDArray[np.str_]) -> NDArray[np.int64]:
+    """[n] of each of these sketches its row among the ids of its examples."""
+    own = pq.read_table(sketched.file("ids.parquet"))["example_id"]
+    place = pc.index_in(own, pa.array(ids, pa.string()))
+    if place.null_count:
+        raise ValueError(f"{sketched.path}: ids.parquet names examples that its arrival lacks")
+    return place.to_numpy().astype(np.int64)
 
 
 def map_sketches(ws: Workspace, sketched: Entry) -> NDArray[np.float32]:

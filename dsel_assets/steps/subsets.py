@@ -113,6 +113,7 @@ def _write(ws: Workspace, generation: Generation, cell: Cell, selector: Selector
                 pq.write_table(table, draft.path / "quotas.parquet")
         draft.rows = len(chosen.ids)
         draft.summary = {key: _plain(value) for key, value in chosen.diagnostics.items()}
+        draft.summary["rows_read"] = len(pool)
         if (cost := cost_of(ws, pool, chosen.ids)) is not None:
             draft.summary["cost"] = cost
         if selector.traits.follows:

@@ -11,8 +11,10 @@ import pytest
 
 from dsel_assets.pipeline import run
 from dsel_assets.resources.store import StoreError
+from dsel_assets.steps.cells import cells
 from dsel_assets.steps.doctor import examine
-from dsel_assets.steps.plan import _line, last_plan, plan
+from dsel_assets.steps.generation import current_generation
+from dsel_assets.steps.plan import BEFORE, _line, last_plan, plan
 
 LEAN = {name: None for name in ("bads", "gradmatch", "target_only")}
 
@@ -79,3 +81,26 @@ def test_lines() -> None:
     assert _line(1, 3, 2, 5, 0) == 0
     assert _line(1, 5, 2, 3, 10) == pytest.approx(15)  # noise: in proportion
     assert _line(2, 1, 4, 4, 8) == pytest.approx(12)  # no negative fixed part
+
+
+def test_what_was_done_before_needs_no_probe(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = lab.workspace(strategies=LEAN)
+    run(ws)
+    lab.land("c.jsonl", lab.rows(220, 226))
+    monkeypatch.setattr("dsel_assets.steps.plan.ROWS", (20, 80))
+    monkeypatch.setattr("dsel_assets.steps.plan.probes", lambda *_: pytest.fail("a probe ran"))
+    found = plan(ws)
+    assert {stage.source for stage in found.stages} == {BEFORE}
+    stages = {stage.name: stage for stage in found.stages}
+    pools = [ws.store.entry("tiny", "pool", m.pool) for m in current_generation(ws).members]
+    seconds = sum(pool.manifest["seconds"] for pool in pools if pool)
+    assert stages["ingest"].seconds == pytest.approx(seconds * 6 / 120)
+    # it goes on: of 126 examples it looks at its 20 or 40 and the 6 new ones, as before at 120
+    expected = 0.0
+    for cell in cells(ws, current_generation(ws), "itl"):
+        if cell.seed == 0:
+            before = ws.store.get("tiny", "subsets", cell.selection).manifest
+            expected += before["seconds"] * (before["rows"] + 6) / 120
+    assert stages["select itl"].seconds == pytest.approx(expected)
+    with pytest.raises(pytest.fail.Exception, match="a probe ran"):
+        plan(lab.workspace(strategies=LEAN | {"itl": {"noise": 0.5}}))
