@@ -170,6 +170,9 @@ def plan(
 def _planned(found: dict[str, Any]) -> Iterator[str]:
     took = found["took_memory_mib"] is not None
     yield f"plan {found['number']}: a pool of {found['rows']:,} rows"
+    if not found["stages"]:
+        yield "nothing is missing"
+        return
     header = f"{'stage':<24}{'missing':>9}{'seconds':>10}{'MiB':>9}  from  "
     yield header + (f"{'took s':>10}{'took MiB':>10}" if took else "")
     for stage in found["stages"]:
@@ -186,8 +189,6 @@ def _planned(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['memory_mib']:,.0f} MiB of memory a process" + (
         f"; took {found['took_memory_mib']:,.0f}" if took else ""
     )
-    if not found["stages"]:
-        yield "nothing is missing"
 
 
 @app.command()
