@@ -65,7 +65,8 @@ class Plan:
     """What is missing, by stage.
 
     number: counts the plans of a task. rows: of the pool then. memory_mib: the most that a process
-    held before, or one of the probe with the pool's inputs and two copies of its sketches on top.
+    held before, or one of the probe, with the inputs and two copies of the sketches of what it has
+    not seen on top.
     """
 
     number: int
@@ -188,7 +189,9 @@ def _missing(ws: Workspace, waiting: bool) -> Iterator[tuple[str, list[tuple[int
             continue
         every = list(cells(ws, current_generation(ws, enter=False), name))
         gone = ws.store.missing(ws.task.name, "subsets", [cell.selection for cell in every])
-        distinct = {cell.identities["subsets"]: (cell.seed, cell.budget) for cell in every}
+        distinct: dict[str, tuple[int, int]] = {}
+        for cell in every:  # the first of those that share a selection makes it
+            distinct.setdefault(cell.identities["subsets"], (cell.seed, cell.budget))
         yield name, [place for identity, place in distinct.items() if identity in gone]
 
 
@@ -237,12 +240,16 @@ class _Estimate:
                     of_kind.setdefault((cell.strategy, cell.budget, cell.seed), entry)
         return found
 
+    @cached_property
+    def _parts(self) -> list[tuple[Entry, Entry, Entry]]:
+        """Pool, gradients and sketches of the arrivals that are there."""
+        return [part for last in self._generations[:1] for part in members(self._ws, last)]
+
     def rows(self, name: str, count: int) -> Take:
         """Of ingesting or sketching so many rows."""
-        parts = [part for g in self._generations[:1] for part in members(self._ws, g)]
-        there = sum(pool.manifest["rows"] for pool, _, _ in parts)
+        there = sum(pool.manifest["rows"] for pool, _, _ in self._parts)
         if there >= ROWS[-1]:
-            every = [part[:1] if name == "ingest" else part[1:] for part in parts]
+            every = [part[:1] if name == "ingest" else part[1:] for part in self._parts]
             seconds, disk = _sums([entry for entries in every for entry in entries])
             return Take(count * seconds / there, count * disk / there, BEFORE)
         small, large = self._probes
@@ -264,16 +271,19 @@ class _Estimate:
     def _selected_before(self, strategy: str, seed: int, budget: int) -> Take | None:
         """As the last selection took, by how the strategy's time grows with what it looks at.
 
-        Those that train grow with their steps, which are the same.
+        Those that train grow with their steps, which are the same. A new seed takes what the first
+        did, but for what quotas cost, which only that one finds out.
         """
-        made, selector = self._made.get("subsets", {}), STRATEGIES[strategy]
-        entry = made.get((strategy, budget, seed)) or made.get((strategy, budget, 0))
+        made, selector, looked = self._made.get("subsets", {}), STRATEGIES[strategy], self._rows
+        if entry := made.get((strategy, budget, seed)):
+            looked = self._looked_at(entry)
+        elif not self._ws.task.quotas:
+            entry = made.get((strategy, budget, 0))
         if entry is None or "rows_read" not in entry.summary:
             return None
         n, seconds = max(1, entry.manifest["rows"]), entry.manifest["seconds"]
         if "steps" not in self._ws.task.settings(strategy):
-            read = selector.work(entry.summary["rows_read"], n)
-            seconds *= selector.work(self._looked_at(entry), n) / read
+            seconds *= selector.work(looked, n) / selector.work(entry.summary["rows_read"], n)
         return Take(seconds, mib(entry), BEFORE)
 
     def _looked_at(self, before: Entry) -> int:
@@ -283,6 +293,8 @@ class _Estimate:
         saw = generation_of(self._ws, before.manifest["fields"]["generation"])
         again = self._rows > AGAIN * before.summary["looked_at"]
         if saw is None or again or self._ws.task.reselect == "cold":
+            return self._rows
+        if self._generations[0].members[: len(saw.members)] != saw.members:
             return self._rows
         return int(before.manifest["rows"]) + self._rows - sketched_rows(self._ws, saw)
 
@@ -299,7 +311,7 @@ class _Estimate:
         if steps is not None:  # quotas share it
             seconds = _line(STEPS[0], t1, STEPS[1], t2, max(steps, STEPS[1]))
         else:
-            w1, w2 = (selector.work(p.rows, p.budgets[which]) for p in self._probes)
+            w1, w2 = (selector.work(p.rows, min(p.budgets[which], p.rows)) for p in self._probes)
             seconds = _line(w1, t1, w2, t2, selector.work(self._rows, n))
             if seed == 0 and selector.aim and not selector.whole:
                 seconds *= 1 + sum(map(len, self._ws.task.quotas.values()))
@@ -320,10 +332,15 @@ class _Estimate:
     @property
     def memory(self) -> float:
         """MiB, as `Plan` has it."""
-        before = [e.manifest["process_peak_mib"] for of in self._made.values() for e in of.values()]
-        peak = max(before, default=0.0)
+        peak, made = 0.0, [entry for of_kind in self._made.values() for entry in of_kind.values()]
+        if self._parts:
+            pools, _, sketches = zip(*self._parts, strict=True)
+            there = sum(pool.manifest["rows"] for pool in pools)
+            held = (_sums(pools)[1] + 2 * _sums(sketches)[1]) / there
+            peak = max(entry.manifest["process_peak_mib"] for entry in (*made, *sketches))
+            peak += max(0, self._rows - there) * held
         if "_probes" in self.__dict__:
-            large = self._probes[1]
+            large = self._probes[-1]
             held = large.mib_a_row("pool") + 2 * large.mib_a_row("sketches")
             peak = max(peak, large.peak + self._rows * held)
         return float(peak)

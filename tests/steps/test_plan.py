@@ -104,3 +104,14 @@ def test_what_was_done_before_needs_no_probe(lab: Any, monkeypatch: pytest.Monke
     assert stages["select itl"].seconds == pytest.approx(expected)
     with pytest.raises(pytest.fail.Exception, match="a probe ran"):
         plan(lab.workspace(strategies=LEAN | {"itl": {"noise": 0.5}}))
+
+
+def test_a_new_seed_begins_cold(lab: Any) -> None:
+    ws = lab.workspace(strategies=LEAN)
+    run(ws)
+    more = lab.workspace(strategies=LEAN, seeds=3)
+    stages = {stage.name: stage for stage in plan(more).stages}
+    every = cells(ws, current_generation(ws), "skmm")
+    first = [ws.store.get("tiny", "subsets", c.selection).manifest for c in every if c.seed == 0]
+    assert stages["select skmm"].missing == 2
+    assert stages["select skmm"].seconds == pytest.approx(sum(made["seconds"] for made in first))
