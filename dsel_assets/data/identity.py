@@ -39,9 +39,9 @@ def example_ids(inputs: NDArray[Any], labels: Iterable[str]) -> NDArray[np.str_]
     return np.array(digests, dtype=np.str_)
 
 
-def first_of(keys: Sequence[str] | NDArray[np.str_]) -> NDArray[np.int64]:
+def first_of(keys: NDArray[np.str_]) -> NDArray[np.int64]:
     """[N] for each key the position of its first occurrence (its own, if it is new)."""
-    codes = pa.array(keys, pa.string()).dictionary_encode().indices.to_numpy()
+    codes = pa.array(keys.tolist(), pa.string()).dictionary_encode().indices.to_numpy()
     first = np.empty(len(codes), np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]  # of equal indices the last one written holds
     return first[codes]

@@ -68,7 +68,7 @@ def load_sketched(ws: Workspace, sketched: Entry, examples: Entry) -> Examples:
 def rows_of(sketched: Entry, ids: NDArray[np.str_]) -> NDArray[np.int64]:
     """[n] of each of these sketches its row among the ids of its examples."""
     own = pq.read_table(sketched.file("ids.parquet"))["example_id"]
-    place = pc.index_in(own, pa.array(ids, pa.string()))
+    place = pc.index_in(own, pa.array(ids.tolist(), pa.string()))
     if place.null_count:
         raise ValueError(f"{sketched.path}: ids.parquet names examples that its arrival lacks")
     return place.to_numpy().astype(np.int64)
