@@ -1,22 +1,16 @@
-"""What the next run will take; and what it took then.
+"""What the next run will take; and what it took then. Only what is missing is planned.
 
-What the store has done before under today's settings it will do as fast again: that is scaled to
-what is missing. For the rest there is the probe, on two samples of what has landed: what a stage
-took on both gives its fixed part and the part that grows. Seconds are those of the manifests: of
-one thread where cells run side by side.
-
-    <store>/<task>/plans/<number>.json
+<store>/<task>/plans/<number>.json
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
@@ -24,24 +18,13 @@ import pyarrow.parquet as pq
 from dsel_assets.resources.store import MANIFEST, Entry, StoreError, write_json
 from dsel_assets.selection import STRATEGIES
 from dsel_assets.steps.arrivals import Landed, arrivals, is_new, landed
-from dsel_assets.steps.cells import BACK, cells
-from dsel_assets.steps.generation import (
-    Generation,
-    current_generation,
-    generation_at,
-    generation_of,
-    members,
-    sketched_rows,
-)
+from dsel_assets.steps.cells import cells
+from dsel_assets.steps.estimate import BEFORE, KINDS, PROBE, TRAINED, Estimate, Take
+from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.pool import find_ingested, held_back
-from dsel_assets.steps.probe import BROKEN, ROWS, STEPS, Probe, mib, probes
+from dsel_assets.steps.probe import BROKEN, mib
 from dsel_assets.steps.sketched import find_sketched
-from dsel_assets.steps.warm import AGAIN, STATE
 from dsel_assets.steps.workspace import Workspace
-
-KINDS = {"ingest": ("pool",), "sketch": ("gradients", "sketches")}
-TRAINED = {"finetune": "checkpoints", "evaluate": "metrics"}
-BEFORE, PROBE = "before", "probe"
 
 
 @dataclass(frozen=True)
@@ -76,14 +59,6 @@ class Plan:
     took_memory_mib: float | None = None
 
 
-class Take(NamedTuple):
-    """What something takes."""
-
-    seconds: float
-    mib: float
-    source: str
-
-
 def plan(ws: Workspace) -> Plan:
     """Estimate what is missing, by a probe where it must be, and write that down.
 
@@ -97,7 +72,7 @@ def plan(ws: Workspace) -> Plan:
     waiting = sum(map(_rows_of, _waiting(ws)))
     rows = waiting + _rows_there(ws)
     with tempfile.TemporaryDirectory(prefix="dsel-plan-") as folder:
-        estimate = _Estimate(ws, files, Path(folder), rows)
+        estimate = Estimate(ws, files, Path(folder), rows)
         stages = [
             _stage(name, waiting, [estimate.rows(name, waiting)]) for name in KINDS if waiting
         ]
@@ -205,160 +180,6 @@ def _trainings(
     every = cells(ws, current_generation(ws, enter=False))
     made_of = [cell.checkpoint if kind == "checkpoints" else cell.metric for cell in every]
     return len(ws.store.missing(ws.task.name, kind, made_of))
-
-
-class _Estimate:
-    """What stages take: as it was before, or as the probe says, which runs once it is asked."""
-
-    def __init__(self, ws: Workspace, files: list[str], folder: Path, rows: int) -> None:
-        """rows: of the pool to come."""
-        self._ws, self._files, self._folder, self._rows = ws, files, folder, rows
-
-    @cached_property
-    def _probes(self) -> list[Probe]:
-        return probes(self._ws, self._files, self._folder)
-
-    @cached_property
-    def _generations(self) -> list[Generation]:
-        """The current one and some before it, the newest first."""
-        try:
-            last = current_generation(self._ws, enter=False)
-        except StoreError:  # none yet, or what is there is of other settings
-            return []
-        numbers = range(last.number - 1, max(0, last.number - 1 - BACK), -1)
-        return [last, *(generation_at(self._ws, number) for number in numbers)]
-
-    @cached_property
-    def _made(self) -> dict[str, dict[tuple[str, int, int], Entry]]:
-        """By kind, and by strategy, budget and seed, the newest artifact under today's settings."""
-        found: dict[str, dict[tuple[str, int, int], Entry]] = {}
-        every = (cell for generation in self._generations for cell in cells(self._ws, generation))
-        for cell in every:
-            for kind, name in cell.identities.items():
-                if entry := self._ws.store.entry(self._ws.task.name, kind, name):
-                    of_kind = found.setdefault(kind, {})
-                    of_kind.setdefault((cell.strategy, cell.budget, cell.seed), entry)
-        return found
-
-    @cached_property
-    def _parts(self) -> list[tuple[Entry, Entry, Entry]]:
-        """Pool, gradients and sketches of the arrivals that are there."""
-        return [part for last in self._generations[:1] for part in members(self._ws, last)]
-
-    def rows(self, name: str, count: int) -> Take:
-        """Of ingesting or sketching so many rows."""
-        there = sum(pool.manifest["rows"] for pool, _, _ in self._parts)
-        if there >= ROWS[-1]:
-            every = [part[:1] if name == "ingest" else part[1:] for part in self._parts]
-            seconds, disk = _sums([entry for entries in every for entry in entries])
-            return Take(count * seconds / there, count * disk / there, BEFORE)
-        small, large = self._probes
-        (s1, m1), (s2, m2) = (_sums(probe.of(KINDS[name])) for probe in self._probes)
-        seconds = _line(small.rows, s1, large.rows, s2, count)
-        return Take(seconds, _line(small.rows, m1, large.rows, m2, count), PROBE)
-
-    def selections(self, strategy: str, wanted: list[tuple[int, int]]) -> list[Take]:
-        """Of each (seed, budget); of a seed the largest budget comes first, and shares its work."""
-        begun, takes = set[int](), []
-        for seed, budget in sorted(wanted, key=lambda place: -place[1]):
-            takes.append(
-                self._selected_before(strategy, seed, budget)
-                or self._selected_in_probe(strategy, seed, budget, int(seed in begun))
-            )
-            begun.add(seed)
-        return takes
-
-    def _selected_before(self, strategy: str, seed: int, budget: int) -> Take | None:
-        """As the last selection took, by how the strategy's time grows with what it looks at.
-
-        Those that train grow with their steps, which are the same. A new seed takes what the first
-        did, but for what quotas cost, which only that one finds out.
-        """
-        made, selector, looked = self._made.get("subsets", {}), STRATEGIES[strategy], self._rows
-        if entry := made.get((strategy, budget, seed)):
-            looked = self._looked_at(entry)
-        elif not self._ws.task.quotas:
-            entry = made.get((strategy, budget, 0))
-        if entry is None or "rows_read" not in entry.summary:
-            return None
-        n, seconds = max(1, entry.manifest["rows"]), entry.manifest["seconds"]
-        if "steps" not in self._ws.task.settings(strategy):
-            seconds *= selector.work(looked, n) / selector.work(entry.summary["rows_read"], n)
-        return Take(seconds, mib(entry), BEFORE)
-
-    def _looked_at(self, before: Entry) -> int:
-        """How many examples a selection looks at that may go on from this one."""
-        if STATE not in before.manifest["files"] or "looked_at" not in before.summary:
-            return self._rows
-        saw = generation_of(self._ws, before.manifest["fields"]["generation"])
-        again = self._rows > AGAIN * before.summary["looked_at"]
-        if saw is None or again or self._ws.task.reselect == "cold":
-            return self._rows
-        if self._generations[0].members[: len(saw.members)] != saw.members:
-            return self._rows
-        return int(before.manifest["rows"]) + self._rows - sketched_rows(self._ws, saw)
-
-    def _selected_in_probe(self, strategy: str, seed: int, budget: int, which: int) -> Take:
-        """which: 0 for the first of its seed, 1 for another.
-
-        Those that train grow with the steps, not with the rows. Each quota is priced by one more
-        selection of the first seed, where the strategy has an objective.
-        """
-        large = self._probes[-1]
-        selector, steps = STRATEGIES[strategy], self._ws.task.settings(strategy).get("steps")
-        n = min(int(budget / large.cost), self._rows)
-        t1, t2 = (probe.selected[strategy][which] for probe in self._probes)
-        if steps is not None:  # quotas share it
-            seconds = _line(STEPS[0], t1, STEPS[1], t2, max(steps, STEPS[1]))
-        else:
-            w1, w2 = (selector.work(p.rows, min(p.budgets[which], p.rows)) for p in self._probes)
-            seconds = _line(w1, t1, w2, t2, selector.work(self._rows, n))
-            if seed == 0 and selector.aim and not selector.whole:
-                seconds *= 1 + sum(map(len, self._ws.task.quotas.values()))
-        return Take(seconds, large.a_cell("subsets")[1], PROBE)
-
-    def training(self, name: str) -> Take:
-        """Of one checkpoint, or of judging one."""
-        kind = TRAINED[name]
-        if made := self._made.get(kind):
-            seconds, disk = _sums(list(made.values()))
-            return Take(seconds / len(made), disk / len(made), BEFORE)
-        small, large = self._probes
-        (t1, _), (t2, disk) = small.a_cell(kind), large.a_cell(kind)
-        steps = self._ws.task.finetune.steps
-        seconds = _line(STEPS[0], t1, STEPS[1], t2, steps) if name == "finetune" else t2
-        return Take(seconds, disk, PROBE)
-
-    @property
-    def memory(self) -> float:
-        """MiB, as `Plan` has it."""
-        peak, made = 0.0, [entry for of_kind in self._made.values() for entry in of_kind.values()]
-        if self._parts:
-            pools, _, sketches = zip(*self._parts, strict=True)
-            there = sum(pool.manifest["rows"] for pool in pools)
-            held = (_sums(pools)[1] + 2 * _sums(sketches)[1]) / there
-            peak = max(entry.manifest["process_peak_mib"] for entry in (*made, *sketches))
-            peak += max(0, self._rows - there) * held
-        if "_probes" in self.__dict__:
-            large = self._probes[-1]
-            held = large.mib_a_row("pool") + 2 * large.mib_a_row("sketches")
-            peak = max(peak, large.peak + self._rows * held)
-        return float(peak)
-
-
-def _sums(entries: Sequence[Entry]) -> tuple[float, float]:
-    """Seconds and MiB of all of them."""
-    return sum(entry.manifest["seconds"] for entry in entries), sum(map(mib, entries))
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, x: float) -> float:
-    """The line through two points, at x; where it would fall, in proportion to the second."""
-    if x == 0:
-        return 0.0
-    slope = (y2 - y1) / (x2 - x1) if x2 > x1 else 0.0
-    if slope <= 0:
-        return y2 * max(1.0, x / x2)
-    return max(0.0, y2 - slope * x2) + slope * x
 
 
 class _Made:

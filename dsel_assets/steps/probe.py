@@ -92,7 +92,7 @@ class Probe:
     Attributes:
         rows: of the sample's pool.
         budgets: in the order in which they are selected, the largest first.
-        selected: by strategy the seconds of its selections, in that order.
+        selected: by strategy its selections, in that order.
         cost: what an example costs on average, in the unit of the task's budgets.
     """
 
@@ -109,11 +109,9 @@ class Probe:
                 if pool.manifest["rows"] and held_back(ws, pool) is None:
                     sketch(ws, pool)
             generation = current_generation(ws)
-            self.selected = {}
+            self.selected: dict[str, list[Entry]] = {}
             for strategy in ws.task.strategies.chosen():
-                entries = select(ws, generation, strategy)
-                seconds = [entry.manifest["seconds"] for entry in entries]
-                self.selected[strategy] = seconds[::-1]  # in the order in which they are made
+                self.selected[strategy] = select(ws, generation, strategy)[::-1]
                 if strategy == "random":
                     finetune(ws, generation, strategy)
                     evaluate(ws, generation, strategy)

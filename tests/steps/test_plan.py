@@ -13,8 +13,9 @@ from dsel_assets.pipeline import run
 from dsel_assets.resources.store import StoreError
 from dsel_assets.steps.cells import cells
 from dsel_assets.steps.doctor import examine
+from dsel_assets.steps.estimate import BEFORE, _line
 from dsel_assets.steps.generation import current_generation
-from dsel_assets.steps.plan import BEFORE, _line, last_plan, plan
+from dsel_assets.steps.plan import last_plan, plan
 
 LEAN = {name: None for name in ("bads", "gradmatch", "target_only")}
 
@@ -87,8 +88,8 @@ def test_what_was_done_before_needs_no_probe(lab: Any, monkeypatch: pytest.Monke
     ws = lab.workspace(strategies=LEAN)
     run(ws)
     lab.land("c.jsonl", lab.rows(220, 226))
-    monkeypatch.setattr("dsel_assets.steps.plan.ROWS", (20, 80))
-    monkeypatch.setattr("dsel_assets.steps.plan.probes", lambda *_: pytest.fail("a probe ran"))
+    monkeypatch.setattr("dsel_assets.steps.estimate.ROWS", (20, 80))
+    monkeypatch.setattr("dsel_assets.steps.estimate.probes", lambda *_: pytest.fail("a probe ran"))
     found = plan(ws)
     assert {stage.source for stage in found.stages} == {BEFORE}
     stages = {stage.name: stage for stage in found.stages}
