@@ -5,39 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dsel_assets.task import Task, TaskError, load_task
+from dsel_assets.shown import board, changed, explained, leaderboard, planned, show
+from dsel_assets.task import TaskError, load_task
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from dsel_assets.steps.workspace import Workspace
 
 app = typer.Typer(
     help="Decide which examples to finetune on, and see what it bought.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-)
-BOARD = (
-    *("budget", "strategy", "mean", "diff", "diff_low", "diff_high", "verdict"),
-    *("select_seconds", "train_seconds", "seeds"),
-)
-LEADERBOARD = f"""
-    select {", ".join(BOARD)} from leaderboard where task = ? and generation = ?
-    order by budget, mean desc
-"""
-COLUMNS = (
-    "budget",
-    "strategy",
-    "accuracy",
-    "vs random",
-    "verdict",
-    "select s",
-    "train s",
 )
 TaskFile = Annotated[Path, typer.Argument(help="The task's YAML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -71,8 +57,11 @@ def _workspace(task_file: Path) -> Workspace:
     return Workspace(load_task(task_file), home())
 
 
-def _print(found: Any, as_json: bool, lines: Iterator[str]) -> None:
-    typer.echo(json.dumps(found, indent=1, default=str) if as_json else "\n".join(lines))
+def _print(found: Any, as_json: bool, shown: Iterable[RenderableType]) -> None:
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, default=str))
+    else:
+        show(shown)
 
 
 @app.callback()
@@ -113,12 +102,12 @@ def run(
             initialise(instance)
             outcome = run_task(task, instance)
     if as_json:
-        rows = [dict(zip(BOARD, row, strict=True)) for row in board(task, outcome.generation)]
+        rows = board(task, outcome.generation)
         _print(asdict(outcome) | {"leaderboard": rows}, as_json, iter([]))
         return
     if not outcome.runs:
         typer.echo("nothing to do: every arrival, selection, checkpoint and verdict is there")
-    show_leaderboard(task, outcome.generation)
+    show(leaderboard(task, outcome.generation))
     typer.echo(f"{time.perf_counter() - started:.1f} s")
 
 
@@ -164,31 +153,7 @@ def plan(
     with _telling():
         ws = _workspace(task_file)
         found = last_plan(ws) if last else measure(ws)
-        _print(asdict(found), as_json, _planned(asdict(found)))
-
-
-def _planned(found: dict[str, Any]) -> Iterator[str]:
-    took = found["took_memory_mib"] is not None
-    yield f"plan {found['number']}: a pool of {found['rows']:,} rows"
-    if not found["stages"]:
-        yield "nothing is missing"
-        return
-    header = f"{'stage':<24}{'missing':>9}{'seconds':>10}{'MiB':>9}  from  "
-    yield header + (f"{'took s':>10}{'took MiB':>10}" if took else "")
-    for stage in found["stages"]:
-        line = f"{stage['name']:<24}{stage['missing']:>9,}{stage['seconds']:>10.1f}"
-        line += f"{stage['mib']:>9.1f}  {stage['source']:<6}"
-        if took and stage["took_seconds"] is not None:
-            line += f"{stage['took_seconds']:>10.1f}{stage['took_mib']:>10.1f}"
-        yield line
-    for name in ("seconds", "mib"):
-        total = sum(stage[name] for stage in found["stages"])
-        made = sum(stage[f"took_{name}"] or 0 for stage in found["stages"])
-        unit = {"seconds": "s of work in all", "mib": "MiB of disk"}[name]
-        yield f"{total:,.1f} {unit}" + (f"; took {made:,.1f}" if took else "")
-    yield f"{found['memory_mib']:,.0f} MiB of memory a process" + (
-        f"; took {found['took_memory_mib']:,.0f}" if took else ""
-    )
+        _print(asdict(found), as_json, planned(found))
 
 
 @app.command()
@@ -233,22 +198,7 @@ def explain(
         found = why(ws, example_id)
         if picture is not None:
             picture.write_bytes(portrait(ws, example_id))
-        _print(found, as_json, _explained(found))
-
-
-def _explained(found: dict[str, Any]) -> Iterator[str]:
-    yield f"{found['example_id']}, generation {found['generation']}"
-    for part in ("arrivals", "quarantine", "nearest", "selections"):
-        yield f"{part}:" if found[part] else f"{part}: none"
-        for row in found[part]:
-            shown = (f"{name} {_short(value)}" for name, value in row.items() if value is not None)
-            yield "  " + ", ".join(shown)
-    gradient = found["gradient"] or {}
-    yield "gradient: " + (", ".join(f"{k} {_short(v)}" for k, v in gradient.items()) or "none")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        _print(found, as_json, explained(found))
 
 
 @app.command()
@@ -266,23 +216,7 @@ def diff(
 
     with _telling():
         found = compare(_workspace(task_file), earlier, later, cold)
-        lines = map(_changed, found)
-        nothing = iter(["no strategy has selections in both under today's settings"])
-        _print(found, as_json, lines if found else nothing)
-
-
-def _changed(row: dict[str, Any]) -> str:
-    said = (
-        f"{row['strategy']} at {row['budget']}, seed {row['seed']}: kept {len(row['kept'])}, "
-        f"added {len(row['added'])}, dropped {len(row['dropped'])}"
-    )
-    if row.get("objective") is not None:
-        said += f"; {row['aim']} {_short(row['objective'])}"
-    if "shared_with_cold" in row:
-        said += f"; a cold one shares {row['shared_with_cold']:.0%}"
-        if row["objective_cold"] is not None:
-            said += f" and has {_short(row['objective_cold'])}"
-    return said
+        _print(found, as_json, changed(found, earlier, later))
 
 
 By = Annotated[str, typer.Option(help="Who decides; else who is logged in.")]
@@ -382,71 +316,6 @@ def doctor(task_file: TaskFile = Path("tasks/digits.yaml"), as_json: Json = Fals
     lines = (f"{one.path}: {one.problem}; {one.do}" for one in found)
     _print([asdict(one) for one in found], as_json, lines if found else iter(["all is well"]))
     raise typer.Exit(1 if found else 0)
-
-
-def board(task: Task, generation: int) -> list[tuple[Any, ...]]:
-    """A generation's leaderboard, by the columns of BOARD."""
-    from dsel_assets.resources.warehouse import Warehouse
-    from dsel_assets.steps.workspace import home
-
-    with Warehouse(home() / "warehouse.duckdb").connect(read_only=True) as warehouse:
-        return warehouse.execute(LEADERBOARD, [task.name, generation]).fetchall()
-
-
-def show_leaderboard(task: Task, generation: int) -> None:
-    """Print a generation's leaderboard and what became of the champion."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from dsel_assets.steps.champion import champion
-    from dsel_assets.steps.workspace import Workspace, home
-
-    rows, rule = board(task, generation), task.promote
-    table = Table(
-        title=f"{task.name}: test accuracy, {rows[0][-1]} seeds, {rule.confidence:.0%} intervals",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for name in COLUMNS:
-        side: Literal["left", "right"] = "left" if name in ("strategy", "verdict") else "right"
-        table.add_column(name, justify=side, no_wrap=True)
-    for number, row in enumerate(rows):
-        budget, strategy, mean, diff, low, high, verdict, select, train, _ = row
-        table.add_row(
-            str(budget),
-            strategy,
-            f"{mean:.3f}",
-            "" if diff is None else f"{diff:+.3f}  [{low:+.3f}, {high:+.3f}]",
-            verdict,
-            f"{select:.2f}",
-            f"{train:.2f}",
-            end_section=number + 1 < len(rows) and rows[number + 1][0] != budget,
-        )
-    console = Console(width=max(100, Console().width), highlight=False)
-    console.print(table)
-    unit = "examples" if task.budget_in == "examples" else task.pool.columns.cost
-    judged = [row for row in rows if row[0] == rule.budget and row[1] != rule.against]
-    for answer in ("better", "worse", "no difference shown"):
-        names = ", ".join(row[1] for row in judged if row[6] == answer)
-        if names:
-            console.print(
-                f"at {rule.budget} {unit}, {answer} than {rule.against}: {names}".replace(
-                    "no difference shown than", "no difference shown to"
-                )
-            )
-    chosen = champion(Workspace(task, home()))
-    if chosen is None:
-        console.print(
-            f"no champion: on validation no strategy that chooses is better than {rule.against}"
-        )
-    else:
-        console.print(
-            f"champion, by {chosen['by']}: {chosen['strategy']} at {chosen['budget']} "
-            f"(generation {chosen['generation']}, selection {chosen['selection']})"
-        )
 
 
 @app.command()
