@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dsel_assets.shown import board, changed, explained, leaderboard, planned, show
+from dsel_assets.shown import board, changed, explained, leaderboard, planned, show, stands
 from dsel_assets.task import TaskError, load_task
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ def ingest(
             ingest_files(task, instance, files or [])
         found = standing(_workspace(task_file))
     names = ("arrivals", "rows", "held_back")
-    lines = (f"{name}: {found[name]}" for name in names)
-    _print({name: found[name] for name in names}, as_json, lines)
+    found = {name: found[name] for name in names}
+    _print(found, as_json, stands(found))
 
 
 @app.command()
@@ -177,7 +177,7 @@ def status(task_file: TaskFile = Path("tasks/digits.yaml"), as_json: Json = Fals
 
     with _telling():
         found = standing(_workspace(task_file))
-        _print(found, as_json, (f"{name}: {value}" for name, value in found.items()))
+        _print(found, as_json, stands(found))
 
 
 @app.command()
@@ -265,8 +265,7 @@ def _enthroned(ws: Workspace, now: dict[str, Any] | None, as_json: bool) -> None
 
     with best_effort(f"{ws.task.name}: the alias of the champion"):
         track_champion(ws, Tracking.at(ws.home))
-    said = f"{now['strategy']} at {now['budget']}, {now['selection']}" if now else "none"
-    _print(now, as_json, iter([f"champion: {said}"]))
+    _print(now, as_json, stands({"champion": now}))
 
 
 @app.command()

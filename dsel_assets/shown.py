@@ -79,6 +79,26 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def stands(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Of `status` or a part of it: a line a fact."""
+    for name, value in found.items():
+        said = value
+        if name == "champion" and value:
+            said = _champion(value)
+        elif isinstance(value, Mapping):
+            said = "; ".join(f"{key}: {one}" for key, one in value.items()) or "none"
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            said = ", ".join(map(str, value)) or "none"
+        yield f"{name.replace('_', ' ')}: {'none' if said is None else said}"
+
+
+def _champion(chosen: Mapping[str, Any]) -> str:
+    return (
+        f"{chosen['strategy']} at {chosen['budget']} (generation {chosen['generation']}, "
+        f"selection {chosen['selection']}), by {chosen['by']}"
+    )
+
+
 def explained(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Of `explain`: seeds and budgets at which all is the same share a row."""
     yield f"{found['example_id']}, generation {found['generation']}"
@@ -184,14 +204,10 @@ def leaderboard(task: Task, generation: int) -> Iterator[RenderableType]:
         others = (row for row in judged if row["strategy"] != rule.against)
         if names := ", ".join(row["strategy"] for row in others if row["verdict"] == answer):
             yield f"at {rule.budget} {unit}, {answer} {to} {rule.against}: {names}"
-    chosen = champion(Workspace(task, home()))
-    if chosen is None:
-        yield f"no champion: on validation no strategy that chooses is better than {rule.against}"
+    if chosen := champion(Workspace(task, home())):
+        yield f"champion: {_champion(chosen)}"
     else:
-        yield (
-            f"champion, by {chosen['by']}: {chosen['strategy']} at {chosen['budget']} "
-            f"(generation {chosen['generation']}, selection {chosen['selection']})"
-        )
+        yield f"no champion: on validation no strategy that chooses is better than {rule.against}"
 
 
 def _against(row: Mapping[str, Any]) -> str:
