@@ -273,8 +273,10 @@ class Design:
 def _step(inverse: Array, rows: Array, sign: float) -> Array:
     """With u [k, d], the inverse is M - sign u'u when the rows [k, d] come (1) or go (-1)."""
     moved = rows @ inverse
-    factor = np.linalg.cholesky(np.eye(len(rows)) + sign * moved @ rows.T)
-    found: Array = solve_triangular(factor, moved, lower=True)
+    square = np.eye(len(rows)) + sign * moved @ rows.T
+    if len(rows) == 1 and square > 0:  # without two calls of LAPACK for each exchange
+        return moved / np.sqrt(square)
+    found: Array = solve_triangular(np.linalg.cholesky(square), moved, lower=True)
     return found
 
 
