@@ -70,9 +70,9 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _is_number(value: Any) -> bool:
     """A number, one that is written already, or nothing."""
-    return (
-        isinstance(value, int | float | None) or value.replace(",", "").replace(".", "").isdigit()
-    )
+    if isinstance(value, str):
+        return value.replace(",", "").replace(".", "").isdigit()
+    return isinstance(value, int | float | None)
 
 
 def _short(value: Any) -> str:
