@@ -8,7 +8,6 @@ one thread where cells run side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from dsel_assets.steps.generation import (
     members,
     sketched_rows,
 )
-from dsel_assets.steps.probe import ROWS, STEPS, Probe, mib, probes
+from dsel_assets.steps.probe import ROWS, STEPS, Probe, probes, taken
 from dsel_assets.steps.warm import AGAIN, STATE
 from dsel_assets.steps.workspace import Workspace
 
@@ -42,11 +41,16 @@ class Take(NamedTuple):
 
 
 class Estimate:
-    """What stages take: as it was before, or as the probe says, which runs once it is asked."""
+    """What stages take: as it was before, or as the probe says, which runs once it is asked.
 
-    def __init__(self, ws: Workspace, files: list[str], folder: Path, rows: int) -> None:
-        """rows: of the pool to come."""
-        self._ws, self._files, self._folder, self._rows = ws, files, folder, rows
+    pool: how many rows there will be.
+    """
+
+    def __init__(self, ws: Workspace, files: list[str], folder: Path, waiting: int) -> None:
+        """waiting: rows that are not ingested yet."""
+        self._ws, self._files, self._folder = ws, files, folder
+        self._there = sum(pool.manifest["rows"] for pool, _, _ in self._parts)
+        self.pool = self._there + waiting
 
     @cached_property
     def _probes(self) -> list[Probe]:
@@ -81,13 +85,12 @@ class Estimate:
 
     def rows(self, name: str, count: int) -> Take:
         """Of ingesting or sketching so many rows."""
-        there = sum(pool.manifest["rows"] for pool, _, _ in self._parts)
-        if there >= ROWS[-1]:
+        if self._there >= ROWS[-1]:
             every = [part[:1] if name == "ingest" else part[1:] for part in self._parts]
-            seconds, disk = _sums([entry for entries in every for entry in entries])
-            return Take(count * seconds / there, count * disk / there, BEFORE)
+            seconds, disk = taken(entry for entries in every for entry in entries)
+            return Take(count * seconds / self._there, count * disk / self._there, BEFORE)
         small, large = self._probes
-        (s1, m1), (s2, m2) = (_sums(probe.of(KINDS[name])) for probe in self._probes)
+        (s1, m1), (s2, m2) = (taken(probe.of(KINDS[name])) for probe in self._probes)
         seconds = _line(small.rows, s1, large.rows, s2, count)
         return Take(seconds, _line(small.rows, m1, large.rows, m2, count), PROBE)
 
@@ -108,29 +111,29 @@ class Estimate:
         Those that train grow with their steps, which are the same. A new seed takes what the first
         did, but for what quotas cost, which only that one finds out.
         """
-        made, selector, looked = self._made.get("subsets", {}), STRATEGIES[strategy], self._rows
+        made, selector, looked = self._made.get("subsets", {}), STRATEGIES[strategy], self.pool
         if entry := made.get((strategy, budget, seed)):
             looked = self._looked_at(entry)
         elif not self._ws.task.quotas:
             entry = made.get((strategy, budget, 0))
         if entry is None or "rows_read" not in entry.summary:
             return None
-        n, seconds = max(1, entry.manifest["rows"]), entry.manifest["seconds"]
+        n, (seconds, disk) = max(1, entry.manifest["rows"]), taken([entry])
         if "steps" not in self._ws.task.settings(strategy):
             seconds *= selector.work(looked, n) / selector.work(entry.summary["rows_read"], n)
-        return Take(seconds, mib(entry), BEFORE)
+        return Take(seconds, disk, BEFORE)
 
     def _looked_at(self, before: Entry) -> int:
         """How many examples a selection looks at that may go on from this one."""
         if STATE not in before.manifest["files"] or "looked_at" not in before.summary:
-            return self._rows
+            return self.pool
         saw = generation_of(self._ws, before.manifest["fields"]["generation"])
-        again = self._rows > AGAIN * before.summary["looked_at"]
+        again = self.pool > AGAIN * before.summary["looked_at"]
         if saw is None or again or self._ws.task.reselect == "cold":
-            return self._rows
+            return self.pool
         if self._generations[0].members[: len(saw.members)] != saw.members:
-            return self._rows
-        return int(before.manifest["rows"]) + self._rows - sketched_rows(self._ws, saw)
+            return self.pool
+        return int(before.manifest["rows"]) + self.pool - sketched_rows(self._ws, saw)
 
     def _selected_in_probe(self, strategy: str, seed: int, budget: int, which: int) -> Take:
         """which: 0 for the first of its seed, 1 for another.
@@ -140,23 +143,23 @@ class Estimate:
         """
         large = self._probes[-1]
         selector, steps = STRATEGIES[strategy], self._ws.task.settings(strategy).get("steps")
-        n = min(int(budget / large.cost), self._rows)
+        n = min(int(budget / large.cost), self.pool)
         made = [probe.selected[strategy][which] for probe in self._probes]
-        t1, t2 = (entry.manifest["seconds"] for entry in made)
+        (t1, _), (t2, disk) = (taken([entry]) for entry in made)
         if steps is not None:  # quotas share it
             seconds = _line(STEPS[0], t1, STEPS[1], t2, max(steps, STEPS[1]))
         else:
             w1, w2 = (selector.work(p.rows, min(p.budgets[which], p.rows)) for p in self._probes)
-            seconds = _line(w1, t1, w2, t2, selector.work(self._rows, n))
+            seconds = _line(w1, t1, w2, t2, selector.work(self.pool, n))
             if seed == 0 and selector.aim and not selector.whole:
                 seconds *= 1 + sum(map(len, self._ws.task.quotas.values()))
-        return Take(seconds, mib(made[-1]), PROBE)
+        return Take(seconds, disk, PROBE)
 
     def training(self, name: str) -> Take:
         """Of one checkpoint, or of judging one."""
         kind = TRAINED[name]
         if made := self._made.get(kind):
-            seconds, disk = _sums(list(made.values()))
+            seconds, disk = taken(made.values())
             return Take(seconds / len(made), disk / len(made), BEFORE)
         small, large = self._probes
         (t1, _), (t2, disk) = small.a_cell(kind), large.a_cell(kind)
@@ -170,20 +173,14 @@ class Estimate:
         peak, made = 0.0, [entry for of_kind in self._made.values() for entry in of_kind.values()]
         if self._parts:
             pools, _, sketches = zip(*self._parts, strict=True)
-            there = sum(pool.manifest["rows"] for pool in pools)
-            held = (_sums(pools)[1] + 2 * _sums(sketches)[1]) / there
+            held = (taken(pools)[1] + 2 * taken(sketches)[1]) / self._there
             peak = max(entry.manifest["process_peak_mib"] for entry in (*made, *sketches))
-            peak += max(0, self._rows - there) * held
+            peak += (self.pool - self._there) * held
         if "_probes" in self.__dict__:
             large = self._probes[-1]
             held = large.mib_a_row("pool") + 2 * large.mib_a_row("sketches")
-            peak = max(peak, large.peak + self._rows * held)
+            peak = max(peak, large.peak + self.pool * held)
         return float(peak)
-
-
-def _sums(entries: Sequence[Entry]) -> tuple[float, float]:
-    """Seconds and MiB of all of them."""
-    return sum(entry.manifest["seconds"] for entry in entries), sum(map(mib, entries))
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, x: float) -> float:

@@ -22,7 +22,7 @@ from dsel_assets.steps.cells import cells
 from dsel_assets.steps.estimate import BEFORE, KINDS, PROBE, TRAINED, Estimate, Take
 from dsel_assets.steps.generation import current_generation
 from dsel_assets.steps.pool import find_ingested, held_back
-from dsel_assets.steps.probe import BROKEN, mib
+from dsel_assets.steps.probe import BROKEN, taken
 from dsel_assets.steps.sketched import find_sketched
 from dsel_assets.steps.workspace import Workspace
 
@@ -70,9 +70,8 @@ def plan(ws: Workspace) -> Plan:
     if not files:
         raise StoreError(f"{ws.task.name}: nothing usable has landed in {ws.landing} yet")
     waiting = sum(map(_rows_of, _waiting(ws)))
-    rows = waiting + _rows_there(ws)
     with tempfile.TemporaryDirectory(prefix="dsel-plan-") as folder:
-        estimate = Estimate(ws, files, Path(folder), rows)
+        estimate = Estimate(ws, files, Path(folder), waiting)
         stages = [
             _stage(name, waiting, [estimate.rows(name, waiting)]) for name in KINDS if waiting
         ]
@@ -86,7 +85,7 @@ def plan(ws: Workspace) -> Plan:
                 stages.append(_stage(name, count, [estimate.training(name)] * count))
         memory = estimate.memory
     number = 1 + len(list(_folder(ws).glob("*.json")))
-    found = Plan(number, rows, memory, stages)
+    found = Plan(number, estimate.pool, memory, stages)
     write_json(_folder(ws) / f"{number:05d}.json", asdict(found))
     return found
 
@@ -144,15 +143,6 @@ def _rows_of(file: Landed) -> int:
         return 0
 
 
-def _rows_there(ws: Workspace) -> int:
-    try:
-        members = current_generation(ws, enter=False).members
-    except StoreError:
-        return 0
-    pools = (ws.store.entry(ws.task.name, "pool", member.pool) for member in members)
-    return sum(pool.manifest["rows"] for pool in pools if pool is not None)
-
-
 def _missing(ws: Workspace, waiting: bool) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Of each strategy the (seed, budget) of the selections that the next run makes."""
     for name in ws.task.strategies.chosen():
@@ -202,8 +192,8 @@ class _Made:
             every = [entry for kind in kinds for entry in self._of(kind)]
         if not every:
             return stage
-        took = sum(entry.manifest["seconds"] for entry in every)
-        return replace(stage, took_seconds=took, took_mib=sum(map(mib, every)))
+        seconds, disk = taken(every)
+        return replace(stage, took_seconds=seconds, took_mib=disk)
 
     @property
     def peak(self) -> float | None:
